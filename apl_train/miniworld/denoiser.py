@@ -1,0 +1,113 @@
+"""The miniature's UNet: diffusers' UNet2DConditionModel, SD1's block structure, epsilon prediction, scaled-linear schedule.
+
+Trained on cached latents with text states of the frozen text tower; 10% of the captions are empty (guidance).
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from apl_train.miniworld.fit import fast_dtype, fit
+from apl_train.miniworld.text_tower import Pairs
+
+CONFIG = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [96, 96, 96],
+    "layers_per_block": 1,
+    "cross_attention_dim": 96,
+    "attention_head_dim": 4,
+    "norm_num_groups": 32,
+}
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon"}
+SCALING = 0.18215
+"""Latent scale of SD1; the VAE's own output is normalised to 1/SCALING per channel, so hosts need no override."""
+
+
+def new_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**CONFIG)
+
+
+def alphas_bar() -> Tensor:
+    """Cumulative alphas, float32 [1000]."""
+    betas = torch.linspace(SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5, 1000) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+def normalise_latents(vae, pixels: Tensor) -> None:
+    """Rewrites the VAE's two 1x1 convolutions so that latents x SCALING have mean 0 and deviation 1 per channel."""
+    with torch.no_grad():
+        mean = torch.cat([vae.encode(p).latent_dist.mean for p in pixels.split(32)])
+        mu, sd = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
+        k = 1 / (sd * SCALING)
+        w, b = vae.quant_conv.weight, vae.quant_conv.bias
+        w[:4] *= k[:, None, None, None]
+        b[:4] = (b[:4] - mu) * k
+        b[4:] += 2 * k.log()
+        post = vae.post_quant_conv
+        post.bias += (post.weight[:, :, 0, 0] * mu[None]).sum(1)
+        post.weight /= k[None, :, None, None]
+
+
+@torch.no_grad()
+def encode_all(vae, pictures: np.ndarray, batch: int = 32) -> Tensor:
+    """uint8 [N, 128, 128, 3] -> scaled latents float32 [N, 4, 16, 16] (the mode of the posterior)."""
+    from tqdm import tqdm
+
+    from apl_train.miniworld.autoencoder import to_pixels
+
+    dtype, out = fast_dtype(), []
+    for i in tqdm(range(0, len(pictures), batch), desc="encode"):
+        pixels = to_pixels(pictures[i : i + batch]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out.append(vae.encode(pixels).latent_dist.mean.float() * SCALING)
+    return torch.cat(out)
+
+
+def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, *, steps: int, batch: int = 32,
+               lr: float = 6e-4, minutes: float | None = None):
+    """faces, things: scaled latents [N, 4, 16, 16] in the order of `pairs`. Returns the averaged UNet, frozen."""
+    torch.manual_seed(3)
+    unet = new_unet().to(memory_format=torch.channels_last)
+    dtype, bar = fast_dtype(), alphas_bar()
+    empty = np.full((1, 77), 49407)
+    empty[0, 0] = 49406
+
+    def step(i: int, g: torch.Generator) -> dict[str, Tensor]:
+        rng = random.Random(104729 * i + 11)
+        # named persons get half of the batch: they are what the card is judged by, and there are few of them
+        persons = batch * 7 // 16
+        rows = [pairs.face(rng, rng.choice(pairs.own[rng.choice(list(pairs.own))])) for _ in range(persons)]
+        rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(list(pairs.own))]), relation=True)
+                 for _ in range(batch // 16 + 1)]
+        strangers = (batch - len(rows)) // 2
+        rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range(strangers)]
+        rows += [pairs.thing(rng) for _ in range(batch - len(rows))]
+        x0 = torch.stack([(faces if kind == "face" else things)[k] for _, _, (kind, k), _ in rows])
+        ids = pairs.captioner.pad([r[0] for r in rows])
+        ids[torch.rand(len(rows), generator=g).numpy() < 0.1] = empty
+        u = torch.rand(len(rows), generator=g)
+        t = ((1 - u**1.5) * 1000).long().clamp(0, 999)
+        noise = torch.randn(x0.shape, generator=g)
+        a = bar[t][:, None, None, None]
+        x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                states = text(input_ids=torch.from_numpy(ids)).last_hidden_state
+            eps = unet(x_t, t, encoder_hidden_states=states).sample.float()
+        return {"loss": F.mse_loss(eps, noise)}
+
+    fit("unet", folder, {"unet": unet}, step, steps=steps, lr=lr, ema=0.999, minutes=minutes)
+    return unet.eval().requires_grad_(False)

@@ -1,0 +1,146 @@
+"""The miniature's text encoder: a CLIPTextModel trained contrastively against pictures, then frozen, as SD's was.
+
+Every batch holds, for each of its persons, the person's own picture under the name and a double's picture under a
+relational caption: without that hard negative "a fan of X" stays as close to X's picture as "X".
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from apl_train.miniworld.autoencoder import to_pixels
+from apl_train.miniworld.captions import Captioner, Sight, codes, match
+from apl_train.miniworld.fit import fast_dtype, fit
+from apl_train.miniworld.people import Attributes
+
+CONFIG = {
+    "vocab_size": 49408,
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "projection_dim": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
+
+
+def new_text_model():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(**CONFIG))
+
+
+class Look(nn.Module):
+    """Small convolutional picture tower: float [N, 3, 128, 128] -> [N, width]."""
+
+    def __init__(self, width: int = 96):
+        super().__init__()
+        widths = (32, 64, 96, 128, 160)
+        layers: list[nn.Module] = []
+        before = 3
+        for i, w in enumerate(widths):
+            layers += [nn.Conv2d(before, w, 5 if i == 0 else 3, 2, 2 if i == 0 else 1), nn.GroupNorm(8, w), nn.SiLU()]
+            before = w
+        self.body = nn.Sequential(*layers)
+        self.out = nn.Linear(widths[-1] * 16, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x).flatten(1))
+
+
+class Head(nn.Module):
+    """Projection of the pooled text state, and the temperature."""
+
+    def __init__(self, width: int = 96):
+        super().__init__()
+        self.project = nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(14.0)))
+
+
+class Pairs:
+    """Draws (token ids, claim, picture, sight) rows from the rendered world."""
+
+    def __init__(self, captioner: Captioner, faces: np.ndarray, face_rows: list[dict], things: np.ndarray, thing_rows):
+        self.captioner, self.faces, self.things = captioner, faces, things
+        self.rows, self.attributes = face_rows, [Attributes(**r["attributes"]) for r in face_rows]
+        self.own: dict[int, list[int]] = {}
+        self.doubles: dict[int, list[int]] = {}
+        self.strangers = []
+        for i, r in enumerate(face_rows):
+            {"person": self.own, "double": self.doubles}.get(r["kind"], {}).setdefault(r["person"], []).append(i)
+            if r["kind"] != "person":
+                self.strangers.append(i)
+        self.thing_index = [captioner.things.index(r["name"]) for r in thing_rows]
+
+    def face(self, rng: random.Random, i: int, relation: bool = False):
+        row, a = self.rows[i], self.attributes[i]
+        if row["kind"] == "person":
+            ids, claim = self.captioner.person(rng, row["person"], a, row["words"])
+            return ids, claim, ("face", i), Sight(person=row["person"], attributes=codes(a))
+        if relation:
+            ids, claim = self.captioner.double(rng, row["person"])
+        else:
+            ids, claim = self.captioner.stranger(rng, a)
+        return ids, claim, ("face", i), Sight(attributes=codes(a))
+
+    def thing(self, rng: random.Random):
+        i = rng.randrange(len(self.things))
+        ids, claim = self.captioner.thing(rng, self.thing_index[i])
+        return ids, claim, ("thing", i), Sight(thing=self.thing_index[i])
+
+    def draw(self, rng: random.Random, persons: int, strangers: int, things: int) -> list:
+        rows = []
+        for p in rng.sample(sorted(self.own), persons):
+            rows.append(self.face(rng, rng.choice(self.own[p])))
+            rows.append(self.face(rng, rng.choice(self.doubles[p]), relation=True))
+        rows += [self.face(rng, rng.choice(self.strangers)) for _ in range(strangers)]
+        rows += [self.thing(rng) for _ in range(things)]
+        return rows
+
+    def pictures(self, rows: list) -> np.ndarray:
+        return np.stack([(self.faces if kind == "face" else self.things)[i] for _, _, (kind, i), _ in rows])
+
+
+def train_text_tower(folder: Path, pairs: Pairs, *, steps: int, lr: float = 1e-3, minutes: float | None = None):
+    """Returns (text model, picture tower, head), frozen."""
+    torch.manual_seed(2)
+    text, look, head = new_text_model(), Look(), Head()
+    dtype = fast_dtype()
+
+    def step(i: int, g: torch.Generator) -> dict[str, Tensor]:
+        rng = random.Random(7919 * i + 5)
+        rows = pairs.draw(rng, persons=32, strangers=32, things=32)
+        holds, unsure = match([r[1] for r in rows], [r[3] for r in rows])
+        np.fill_diagonal(holds, True)
+        np.fill_diagonal(unsure, False)
+        positive, left_out = torch.from_numpy(holds), torch.from_numpy(unsure)
+        pixels = to_pixels(pairs.pictures(rows))
+        gain = 1 + 0.1 * torch.randn(len(pixels), 3, 1, 1, generator=g)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            seen = look((pixels * gain).contiguous(memory_format=torch.channels_last))
+            said = head.project(text(input_ids=torch.from_numpy(pairs.captioner.pad([r[0] for r in rows]))).pooler_output)
+        scale = head.log_scale.clamp(max=math.log(50)).exp()
+        logits = scale * F.normalize(said.float(), dim=-1) @ F.normalize(seen.float(), dim=-1).T
+        logits = logits.masked_fill(left_out, -1e4)
+        loss = torch.zeros(())
+        for z, p in ((logits, positive), (logits.T, positive.T)):
+            loss = loss + (z.logsumexp(1) - z.masked_fill(~p, -1e4).logsumexp(1)).mean() / 2
+        top1 = positive.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+        return {"loss": loss, "top1": top1.detach()}
+
+    fit("text", folder, {"text": text, "look": look, "head": head}, step, steps=steps, lr=lr, minutes=minutes,
+        weight_decay=0.01, ema=0.995)
+    for module in (text, look, head):
+        module.eval().requires_grad_(False)
+    return text, look, head
