@@ -115,24 +115,19 @@ class PrefixMetadata:
         return replace(self, **changes)
 
 
-_OWNED_MODELSPEC = frozenset(
-    "modelspec." + key
-    for key in (
-        "sai_model_spec architecture implementation title description author date license hash_sha256 usage_hint "
-        "tags is_negative_embedding"
-    ).split()
+_OWNED_MODELSPEC = (
+    *("sai_model_spec", "architecture", "implementation", "title", "description", "author", "date", "license"),
+    *("hash_sha256", "usage_hint", "tags", "is_negative_embedding"),
 )
-_OWNED_APL = frozenset(
-    "apl." + key
-    for key in (
-        "format_version num_tokens alpha base_model base_model_sha256 steps level seed dataset_sha256 "
-        "transferred_from scores widths placement"
-    ).split()
+_OWNED_APL = (
+    *("format_version", "num_tokens", "alpha", "base_model", "base_model_sha256", "steps", "level", "seed"),
+    *("dataset_sha256", "transferred_from", "scores", "widths", "placement"),
 )
+_OWNED = frozenset(f"modelspec.{key}" for key in _OWNED_MODELSPEC) | {f"apl.{key}" for key in _OWNED_APL}
 
 
 def _is_owned(key: str) -> bool:
-    return key in _OWNED_MODELSPEC or key in _OWNED_APL
+    return key in _OWNED
 
 
 def _json(value: Any, name: str) -> str:
