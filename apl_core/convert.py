@@ -6,6 +6,7 @@ else. Hosts never call this module on their own; `apl convert` does, in its own 
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ def read_foreign(path: str | Path) -> AnonymizationPrompt:
         meta = parse_header(header)
         architecture = header.get("modelspec.architecture", "")
     else:
-        raw, title = _unpacked(_unpickle(path), path.name)
+        raw, title = _unpacked(_unpickle(data, path.name), path.name)
         meta, architecture = PrefixMetadata(title=title), ""
     tensors = _renamed(_tensors_only(raw, path.name), path.name)
     family = _family(tensors, meta, architecture)
@@ -68,27 +69,27 @@ def read_foreign(path: str | Path) -> AnonymizationPrompt:
     return AnonymizationPrompt(family, tensors, meta.with_fields(title=meta.title or path.stem))
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(data: bytes, name: str) -> Any:
     try:
         # Older WebUI files and the paper's own hold their tensors in a ParameterDict; it only stores them.
         with torch.serialization.safe_globals([torch.nn.ParameterDict, set]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "Unsupported" in str(error):
             raise PrefixFileError(
-                f"{path.name} asks to run code of its own when it is read; it was not run.",
+                f"{name} asks to run code of its own when it is read; it was not run.",
                 "Do not open this file with other tools. Ask for the embedding as .safetensors.",
                 field="path",
             ) from error
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
     except Exception as error:  # a hostile pickle can make the reader fail in any way
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> PrefixFileError:
+def _unreadable(name: str, error: Exception) -> PrefixFileError:
     first = (str(error).splitlines() or [type(error).__name__])[0][:160]
     return PrefixFileError(
-        f"{path.name} is neither safetensors nor a readable pickle: {first}",
+        f"{name} is neither safetensors nor a readable pickle: {first}",
         "Use a .safetensors, .pt or .bin embedding; if it is one, download it again.",
         field="path",
     )

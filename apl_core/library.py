@@ -171,7 +171,7 @@ class PrefixLibrary:
             prefix = load_prefix(path)
         except APLError as error:
             return Entry(name, path, "", 0, steps, "", name, str(error))
-        except Exception as error:  # one odd file must not take the whole list away
+        except (OSError, ValueError, TypeError, RuntimeError) as error:  # one odd file must not take the list away
             return Entry(name, path, "", 0, steps, "", name, f"{path.name} cannot be read: {error}.")
         return Entry(
             name, path, prefix.family, prefix.num_tokens, steps, prefix.content_hash, prefix.name, None

@@ -224,8 +224,9 @@ def read_header(data: bytes, name: str) -> tuple[dict[str, str], dict[str, Any]]
         header = json.loads(data[8 : 8 + size].decode("utf-8"))
         metadata = header.pop("__metadata__", None) or {}
         ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-        sound = all(isinstance(v, str) for v in metadata.values()) and all(
-            isinstance(entry["shape"], list) and isinstance(entry["dtype"], str) for entry in header.values()
+        sound = all(isinstance(value, str) for value in metadata.values()) and all(
+            isinstance(entry["dtype"], str) and all(type(number) is int for number in entry["shape"])
+            for entry in header.values()
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         sound = False
