@@ -1,0 +1,150 @@
+"""Settings of one training as a dataclass; its attribute docstrings are the command line's help, presets are YAML.
+
+The defaults are the paper's (sec. 4.1): m = 10, alpha = 1, learning rate 1e-3, 20,000 steps, batch 1, both sets mixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apl_core.errors import ConfigError
+
+PRESETS = Path(__file__).with_name("presets")
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One APL training. Raises ConfigError from `__post_init__` for a value out of range."""
+
+    base_model: str = "miniature"
+    """Model to learn on: "miniature", a diffusers folder, or a .safetensors file."""
+    s_id: str = "miniature"
+    """Folder of S_ID: pictures of named persons with c1 and c2 ("miniature" for the shipped one)."""
+    s_reg: str = "miniature"
+    """Folder of S_Reg: pictures of things and unnamed persons with captions."""
+    name: str = "anonymize"
+    """Name of the prefix file."""
+    num_tokens: int = 10
+    """m, learnable vectors (paper sec. 4.5: 10)."""
+    alpha: float = 1.0
+    """Strength of anonymization in equation 5 (paper: 1)."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate (paper: 1e-3)."""
+    schedule: str = "constant"
+    """Learning rate over the run: "constant" or "cosine"."""
+    warmup: int = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    steps: int = 20_000
+    """Optimizer steps (paper: 20,000)."""
+    batch_size: int = 1
+    """Samples per optimizer step (paper: 1)."""
+    id_share: float = 0.5
+    """Share of S_ID among the samples; the rest is S_Reg, things and unnamed persons in equal parts."""
+    reg_weight: float = 1.0
+    """Weight of L_Reg (paper: 1)."""
+    no_reg: bool = False
+    """Train on S_ID alone, the ablation of Fig. 7: persons then appear uninvited."""
+    persons: int | None = None
+    """Train on the first so many persons of S_ID (Fig. 8); all when not given."""
+    init: str = "vocabulary"
+    """Start of the vectors: "vocabulary" (random tokens' embeddings) or "text" (the tokens of `init_text`, repeated)."""
+    init_text: str = "a photo of some person"
+    """Words to start from when `init` is "text"."""
+    low_t: int = 0
+    """Lowest timestep drawn."""
+    high_t: int = 999
+    """Highest timestep drawn."""
+    bank: int = 0
+    """Size of the target bank, tuples (picture, timestep, noise) with stored targets shared by all runs; 0 = fresh ones."""
+    levels_every: int = 2000
+    """Optimizer steps between saved levels (paper Fig. 6); each is a complete prefix file. 0 = none."""
+    save_every: int = 200
+    """Optimizer steps between saved training states."""
+    seed: int = 0
+    """Seed of initialisation, sampling and noise."""
+
+    def __post_init__(self) -> None:
+        whole = (("num_tokens", 1, 64), ("steps", 1, 10_000_000), ("batch_size", 1, 1024), ("warmup", 0, 10_000_000),
+                 ("low_t", 0, 999), ("high_t", 0, 999), ("bank", 0, 10_000_000), ("levels_every", 0, 10_000_000),
+                 ("save_every", 1, 10_000_000), ("seed", 0, 2**31 - 1))
+        for field, low, high in whole:
+            _check(field, getattr(self, field), int, low, high)
+        for field, low, high in (("alpha", -10.0, 100.0), ("learning_rate", 1e-8, 10.0), ("id_share", 0.0, 1.0),
+                                 ("reg_weight", 0.0, 1000.0)):
+            _check(field, getattr(self, field), float, low, high)
+        if self.persons is not None:
+            _check("persons", self.persons, int, 1, 1_000_000)
+        for field, allowed in (("schedule", ("constant", "cosine")), ("init", ("vocabulary", "text"))):
+            if getattr(self, field) not in allowed:
+                raise ConfigError(f"{field} is {getattr(self, field)!r}.", f"Use one of: {', '.join(allowed)}.", field=field)
+        if self.low_t > self.high_t:
+            raise ConfigError(f"low_t is {self.low_t}, above high_t {self.high_t}.", "Swap the two.", field="low_t")
+        if self.no_reg and self.id_share == 0:
+            raise ConfigError("no_reg with id_share 0 leaves nothing to train on.", "Raise id_share.", field="id_share")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the version of this format."""
+        return {"config_version": CONFIG_VERSION, **dataclasses.asdict(self)}
+
+
+def _check(field: str, value: Any, kind: type, low: float, high: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and (kind is float or isinstance(value, int))
+    if not good or not math.isfinite(value) or not low <= value <= high:
+        noun = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{field} is {value!r}, not {noun} from {low} to {high}.", f"Set {field} in that range.", field=field)
+
+
+def from_dict(values: dict[str, Any], origin: str = "config") -> TrainConfig:
+    """The settings in `values`; the rest keeps its defaults.
+
+    Raises:
+        ConfigError: an unknown setting, a future config_version, or a value out of range.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} holds {type(values).__name__}, not settings.", "Write lines like `steps: 1000`.")
+    values = dict(values)
+    version = values.pop("config_version", CONFIG_VERSION)
+    if version != CONFIG_VERSION:
+        raise ConfigError(f"config_version is {version!r}; this version reads {CONFIG_VERSION}.",
+                          "Update this software to use the file.", field="config_version")
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{origin} has the unknown setting {key!r}.", f"Known: {', '.join(sorted(known))}.", field=str(key))
+    for field in dataclasses.fields(TrainConfig):
+        # YAML 1.1 reads 1e-3 as a string
+        if field.type == "float" and isinstance(values.get(field.name), str):
+            try:
+                values[field.name] = float(values[field.name])
+            except ValueError as error:
+                raise ConfigError(f"{field.name} is {values[field.name]!r}, not a number.", "Write 0.001.",
+                                  field=field.name) from error
+    return TrainConfig(**values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file as a dict. Raises ConfigError."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}.", "Check the path.", field="config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}", "Compare it with apl_train/presets/fast.yaml.", field="config") from error
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Settings of a shipped preset. Raises ConfigError when there is none of this name."""
+    if name not in preset_names():
+        raise ConfigError(f"preset is {name!r}.", f"Use one of: {', '.join(preset_names())}.", field="preset")
+    return read_yaml(PRESETS / f"{name}.yaml")

@@ -1,0 +1,95 @@
+"""The state a training resumes from: one safetensors file, written atomically, checked by hash on the way back.
+
+It holds the vectors, Adam's two moments and, as metadata, the step, the settings and the hashes of what was trained on.
+The newest two states are kept; a damaged one is passed over. Randomness is no state: every step draws from a generator
+seeded by (seed, step), so step n is the same whether it was reached or resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from apl_core.atomic import write_safetensors
+from apl_core.errors import TrainingError
+from apl_core.metadata import content_hash
+
+FOLDER = "state"
+KEEP = 2
+_log = logging.getLogger("apl.state")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Training after `step` optimizer steps.
+
+    Attributes:
+        tensors: float32; "vectors.<key>" [m, width], "exp_avg.<key>" and "exp_avg_sq.<key>" of the same shape.
+        step: optimizer steps done.
+        config: the settings as plain values.
+        hashes: of base model and datasets; a changed one must not go on unnoticed.
+    """
+
+    tensors: dict[str, Tensor]
+    step: int
+    config: dict[str, Any]
+    hashes: dict[str, str]
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from any values, equal on every platform."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of one optimizer step: sample indices, timesteps and noise come from it and from nowhere else."""
+    return torch.Generator("cpu").manual_seed(seed_of("apl-step", seed, step))
+
+
+def save_state(run: Path, state: TrainState) -> Path:
+    """Writes `<run>/state/step-<n>.safetensors` and drops all but the newest states. Raises StorageError."""
+    folder = run / FOLDER
+    path = folder / f"step-{state.step:07d}.safetensors"
+    header = {"step": str(state.step), "config": json.dumps(state.config), "hashes": json.dumps(state.hashes),
+              "content": content_hash(state.tensors)}
+    write_safetensors(path, state.tensors, header)
+    for old in _files(run)[KEEP:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob("step-*.safetensors"), reverse=True)
+
+
+def _read(path: Path) -> TrainState:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    if content_hash(tensors) != header["content"]:
+        raise ValueError("its content hash differs")
+    return TrainState(tensors, int(header["step"]), json.loads(header["config"]), json.loads(header["hashes"]))
+
+
+def load_state(run: Path) -> TrainState:
+    """The newest state of a run folder that is whole.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    for path in _files(run):
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            _log.warning("%s is damaged (%s); going back to the state before it", path.name, error)
+    raise TrainingError(f"{run} holds no training state to resume from.",
+                        "Start a new training with `apl train`, or check the folder.", field="run")

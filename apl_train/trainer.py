@@ -1,0 +1,212 @@
+"""The training loop: equations 2-7 with one learnable tensor per text encoder, resumable bit for bit.
+
+Everything but the prefix is frozen. The loop talks through events, obeys a `stop` callable (Ctrl-C, a user interface)
+and leaves after every save a folder from which `resume` goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apl_core.atomic import write_text
+from apl_core.errors import ConfigError, TrainingError, TrainingStopped
+from apl_core.library import safe_name
+from apl_core.metadata import PrefixMetadata
+from apl_core.prefix import AnonymizationPrompt, save_prefix
+from apl_train.backend import Backend
+from apl_train.bank import FreshTargets, TargetBank
+from apl_train.config import TrainConfig, from_dict
+from apl_train.events import EventLog
+from apl_train.losses import apl_loss, id_loss, reg_loss
+from apl_train.samples import TrainingSet
+from apl_train.state import TrainState, load_state, save_state, seed_of
+
+_log = logging.getLogger("apl.train")
+Listener = Callable[[dict[str, Any]], None]
+
+
+def initial_vectors(backend: Backend, config: TrainConfig) -> dict[str, Tensor]:
+    """[AP] = [V_1]...[V_m] before training (equation 2), on the token manifold: float32 [m, width] for each encoder.
+
+    "vocabulary": embeddings of m random whole words; "text": embeddings of the tokens of `init_text`, repeated to m.
+    """
+    g = torch.Generator().manual_seed(seed_of("apl-init", config.seed))
+    if config.init == "text":
+        tokens = backend.text.tokenize(config.init_text)
+        if not tokens:
+            raise ConfigError("init_text has no token.", "Write a few words.", field="init_text")
+        ids = (tokens * config.num_tokens)[: config.num_tokens]
+    else:
+        # 512.. are the merged words of CLIP's vocabulary; before them stand single bytes, after them BOS and EOS
+        ids = torch.randint(512, 49406, (config.num_tokens,), generator=g).tolist()
+    return {key: backend.text.embedding_table(key)[ids].detach().float().clone() for key in backend.text.widths}
+
+
+class Trainer:
+    """One training in one run folder. Raises ConfigError for settings that do not fit the data or the model."""
+
+    def __init__(self, backend: Backend, data: TrainingSet, config: TrainConfig, run: Path, *,
+                 cache: Path | None = None, listener: Listener | None = None, stop: Callable[[], bool] | None = None,
+                 progress: Callable[[int, int], None] | None = None) -> None:
+        safe_name(config.name)
+        self.backend, self.data, self.config, self.run = backend, data, config, run
+        self._listener, self._stop = listener, stop or (lambda: False)
+        targets = TargetBank(backend, data, config, cache or run / "cache", progress) if config.bank else None
+        self._targets = targets or FreshTargets(backend, data, config)
+        self._log = EventLog(run)
+        self.hashes = {"model": backend.sha256, "data": data.sha256}
+        self.step = 0
+        self.vectors = {k: torch.nn.Parameter(v) for k, v in initial_vectors(backend, config).items()}
+        self.optimizer = torch.optim.Adam(self.vectors.values(), lr=config.learning_rate)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for key, vector in self.vectors.items():
+            moments = self.optimizer.state.get(vector, {})
+            tensors[f"vectors.{key}"] = vector.detach().clone()
+            for name in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{key}"] = moments.get(name, torch.zeros_like(vector)).detach().clone()
+        return tensors
+
+    def save(self) -> None:
+        """Writes the state that `restore` reads. Raises StorageError; the state before it stays."""
+        save_state(self.run, TrainState(self._tensors(), self.step, self.config.to_dict(), self.hashes))
+
+    def restore(self, *, allow_changed: bool = False) -> None:
+        """Goes back to the newest whole state of the run folder.
+
+        Raises:
+            TrainingError: there is no state, or the model or the data changed since (and `allow_changed` is not set).
+        """
+        state = load_state(self.run)
+        for what, then in state.hashes.items():
+            if self.hashes.get(what) != then and not allow_changed:
+                raise TrainingError(f"The {what} changed since this training was saved at step {state.step}.",
+                                    "Bring back the old one, or pass --allow-changed to go on regardless.", field=what)
+        self.step = state.step
+        for key, vector in self.vectors.items():
+            with torch.no_grad():
+                vector.copy_(state.tensors[f"vectors.{key}"])
+            self.optimizer.state[vector] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": state.tensors[f"exp_avg.{key}"].clone(),
+                "exp_avg_sq": state.tensors[f"exp_avg_sq.{key}"].clone(),
+            }
+        self._log.cut(self.step)
+
+    def prompt(self, level: int | None = None) -> AnonymizationPrompt:
+        """The vectors as they are now, with what a reader of the file needs to know."""
+        c = self.config
+        meta = PrefixMetadata(
+            title=c.name, family=self.backend.family, num_tokens=c.num_tokens, alpha=c.alpha,
+            base_model=self.backend.name, base_model_sha256=self.backend.sha256, steps=c.steps, level=level, seed=c.seed,
+            dataset_sha256=self.data.sha256, date=time.strftime("%Y-%m-%d"),
+            description="Anonymization Prompt Learning: reduces recognisable likeness of named persons in tested prompts.",
+        )
+        tensors = {k: v.detach().clone() for k, v in self.vectors.items()}
+        return AnonymizationPrompt(self.backend.family, tensors, meta)
+
+    def _save_level(self) -> None:
+        path = self.run / "prefix" / f"{self.config.name}.step-{self.step}.safetensors"
+        save_prefix(self.prompt(self.step), path)
+        self._tell("level", step=self.step, path=str(path.relative_to(self.run)))
+
+    def _tell(self, event: str, **values: Any) -> None:
+        row = self._log.write(event, **values)
+        if self._listener:
+            self._listener(row)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        c = self.config
+        rise = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
+        fall = 0.5 + 0.5 * math.cos(math.pi * step / c.steps) if c.schedule == "cosine" else 1.0
+        return c.learning_rate * rise * fall
+
+    def one_step(self) -> dict[str, float | None]:
+        """One optimizer step (equations 3, 5-7). Returns l_id, l_reg (None where the batch has no such row) and loss.
+
+        Raises:
+            TrainingError: the loss is not finite; vectors and optimizer are left as they were.
+        """
+        batch = self._targets.batch(self.step)
+        states = self.backend.encode([self.data.c1[r] for r in batch.rows.tolist()], self.vectors, overflow="trim")
+        eps = self.backend.predict(batch.x_t, batch.t, states)
+        n = batch.n_id
+        l_id = id_loss(eps[:n], batch.eps_c1[:n], batch.eps_c2[:n], self.config.alpha)
+        l_reg = reg_loss(eps[n:], batch.eps_c1[n:])
+        loss = apl_loss(l_id, l_reg, self.config.reg_weight)
+        if not torch.isfinite(loss):
+            raise TrainingError(f"The loss is {float(loss)} at step {self.step}.",
+                                "The last saved state is kept; resume with a lower learning_rate.", field="loss")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return {"l_id": float(l_id.detach().mean()) if n else None,
+                "l_reg": float(l_reg.detach().mean()) if len(l_reg) else None, "loss": float(loss.detach())}
+
+    def fit(self) -> AnonymizationPrompt:
+        """Runs to the end, saving states and levels on the way; returns the prefix, which is also in `<run>/prefix/`.
+
+        Raises:
+            TrainingStopped: `stop()` said so; the state is saved.
+            TrainingError: NaN loss; StorageError: a full disk. The last good state is kept.
+        """
+        c = self.config
+        if self.step == 0:
+            self.save()
+        self._tell("start", step=self.step, steps=c.steps, model=self.backend.name, persons=self.data.persons)
+        began, first = time.monotonic(), self.step
+        try:
+            while self.step < c.steps:
+                losses = self.one_step()
+                pace = (self.step - first) / max(time.monotonic() - began, 1e-9)
+                self._tell("step", step=self.step, **losses, steps_per_s=round(pace, 4))
+                if c.levels_every and self.step % c.levels_every == 0 and self.step < c.steps:
+                    self._save_level()
+                if self.step % c.save_every == 0 or self.step == c.steps:
+                    self.save()
+                if self._stop() and self.step < c.steps:
+                    self.save()
+                    raise TrainingStopped(f"Stopped at step {self.step} of {c.steps}; everything is saved in {self.run}.",
+                                          f"Go on with `apl resume {self.run}`.")
+        except TrainingStopped:
+            self._tell("stopped", step=self.step)
+            raise
+        except TrainingError as error:
+            self._tell("error", step=self.step, message=str(error))
+            raise
+        prompt = self.prompt()
+        path = self.run / "prefix" / f"{c.name}.safetensors"
+        save_prefix(prompt, path)
+        self._tell("done", step=self.step, path=str(path.relative_to(self.run)), content_hash=prompt.content_hash)
+        return prompt
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """The effective settings beside what they made: `<run>/config.yaml`."""
+    import yaml
+
+    write_text(run / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings of a run folder. Raises ConfigError."""
+    from apl_train.config import read_yaml
+
+    return from_dict(read_yaml(run / "config.yaml"), origin=str(run / "config.yaml"))

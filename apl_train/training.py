@@ -1,0 +1,127 @@
+"""`apl train` and `apl resume`: settings to a run folder, with a progress bar, Ctrl-C that saves, and the loop between.
+
+A run folder holds config.yaml, events.jsonl, state/ (what resume needs) and prefix/ (the levels and the final file).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from apl_core.errors import ConfigError
+from apl_core.prefix import AnonymizationPrompt
+from apl_train import shipped
+from apl_train.backend import Backend
+from apl_train.config import TrainConfig
+from apl_train.dataset import read_dataset
+from apl_train.samples import TrainingSet
+from apl_train.trainer import Trainer, read_config, write_config
+
+
+def load_training_set(backend: Backend, config: TrainConfig, cache: Path) -> TrainingSet:
+    """S_ID and S_Reg of the settings, with latents cached. Raises DatasetError naming the row."""
+    s_id = read_dataset(shipped.locate("s_id", config.s_id), expect="id")
+    s_reg = None if config.no_reg else read_dataset(shipped.locate("s_reg", config.s_reg), expect="reg")
+    total = len(s_id.records) + (len(s_reg.records) if s_reg else 0)
+    with tqdm(total=total, desc="latents", unit="picture", leave=False) as bar:
+        seen = {"last": 0}
+
+        def tell(done: int, _total: int) -> None:
+            bar.update(done - seen["last"] if done >= seen["last"] else done)
+            seen["last"] = done
+
+        return TrainingSet(backend, s_id, s_reg, cache, persons=config.persons, progress=tell)
+
+
+class Bar:
+    """The tqdm bar of a training: L_ID, L_Reg, steps a second and time left, from the trainer's events."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, desc="train", unit="step", dynamic_ncols=True)
+        self._means: dict[str, float] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "start":
+            self._bar.update(event["step"] - self._bar.n)
+            self._bar.start_t, self._bar.initial = self._bar._time(), event["step"]
+        elif event["event"] == "step":
+            for key in ("l_id", "l_reg"):
+                if event[key] is not None:
+                    self._means[key] = 0.95 * self._means.get(key, event[key]) + 0.05 * event[key]
+            self._bar.set_postfix({k: f"{v:.5f}" for k, v in self._means.items()}, refresh=False)
+            self._bar.update(event["step"] - self._bar.n)
+        elif event["event"] == "level":
+            self._bar.write(f"saved level {event['path']}")
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def ctrl_c() -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) asks the training to save and stop; a second one ends the process at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if asked.is_set():
+            signal.default_int_handler(number, _frame)
+        asked.set()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def _fit(run: Path, config: TrainConfig, backend: Backend | None, *, resume: bool, allow_changed: bool,
+         cache: Path | None) -> AnonymizationPrompt:
+    cache = cache or run.parent / "cache"
+    backend = backend or Backend.load(shipped.locate("base_model", config.base_model))
+    data = load_training_set(backend, config, cache)
+    bar = Bar(config.steps)
+    try:
+        with ctrl_c() as asked:
+            trainer = Trainer(backend, data, config, run, cache=cache, listener=bar, stop=asked.is_set)
+            if resume:
+                trainer.restore(allow_changed=allow_changed)
+            return trainer.fit()
+    finally:
+        bar.close()
+
+
+def train(run: Path, config: TrainConfig, *, backend: Backend | None = None, cache: Path | None = None) -> AnonymizationPrompt:
+    """A new training in the folder `run`.
+
+    Raises:
+        ConfigError: the folder already holds a training.
+        TrainingStopped: Ctrl-C; everything is saved.
+    """
+    if (run / "config.yaml").exists():
+        raise ConfigError(f"{run} already holds a training.", f"Go on with `apl resume {run}`, or choose another --run.",
+                          field="run")
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(run, config)
+    return _fit(run, config, backend, resume=False, allow_changed=False, cache=cache)
+
+
+def resume(run: Path, *, allow_changed: bool = False, backend: Backend | None = None,
+           cache: Path | None = None) -> AnonymizationPrompt:
+    """Goes on with the training of a run folder, bit for bit as if it had not been interrupted (on one CPU thread count).
+
+    Raises:
+        ConfigError: there is no training. TrainingError: the model or the data changed since.
+    """
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"{run} holds no training.", "Start one with `apl train --run FOLDER`.", field="run")
+    return _fit(run, read_config(run), backend, resume=True, allow_changed=allow_changed, cache=cache)
