@@ -1,0 +1,44 @@
+"""Equations 5-7 against numpy by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from apl_train.losses import anonymized_target, apl_loss, id_loss, reg_loss
+
+
+@pytest.fixture
+def eps() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {k: torch.randn(3, 4, 2, 2, generator=g) for k in ("ap", "c1", "c2")}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 5.0])
+def test_target_and_id_loss_by_hand(eps: dict[str, torch.Tensor], alpha: float) -> None:
+    ap, c1, c2 = (eps[k].numpy().astype(np.float64) for k in ("ap", "c1", "c2"))
+    target = (1 + alpha) * c2 - alpha * c1
+    assert np.allclose(anonymized_target(eps["c1"], eps["c2"], alpha).numpy(), target, atol=1e-5)
+    by_hand = [((ap[i] - target[i]) ** 2).sum() / 16 for i in range(3)]
+    assert np.allclose(id_loss(eps["ap"], eps["c1"], eps["c2"], alpha).numpy(), by_hand, rtol=1e-4)
+
+
+def test_alpha_does_not_matter_where_c1_is_c2(eps: dict[str, torch.Tensor]) -> None:
+    c = eps["c1"]
+    for alpha in (0.0, 1.0, 7.0):
+        assert torch.allclose(id_loss(eps["ap"], c, c, alpha), reg_loss(eps["ap"], c), rtol=1e-4)
+
+
+def test_only_the_prefixed_prediction_carries_gradient(eps: dict[str, torch.Tensor]) -> None:
+    parts = {k: v.clone().requires_grad_() for k, v in eps.items()}
+    id_loss(parts["ap"], parts["c1"], parts["c2"], 1.0).sum().backward()
+    assert parts["ap"].grad is not None and parts["ap"].grad.abs().sum() > 0
+    assert parts["c1"].grad is None and parts["c2"].grad is None
+
+
+def test_mixed_batch_is_a_mean_over_samples() -> None:
+    l_id, l_reg = torch.tensor([1.0, 3.0]), torch.tensor([5.0])
+    assert float(apl_loss(l_id, l_reg)) == pytest.approx(3.0)
+    assert float(apl_loss(l_id, l_reg, reg_weight=0.0)) == pytest.approx(4 / 3)
+    assert float(apl_loss(l_id, torch.zeros(0))) == pytest.approx(2.0)
