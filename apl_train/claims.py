@@ -1,0 +1,148 @@
+"""The project's targets and what was measured of them: `benchmarks/claims.json`, written by the commands that measure.
+
+`TARGETS` says what is promised, by which bound, and which command measures it; a row is only ever written by `record`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apl_core.atomic import write_json
+from apl_core.errors import ConfigError
+
+FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "claims.json"
+CARD = "apl miniworld card"
+PREFIX = "apl miniworld prefix"
+FIGURES = "apl miniworld figures"
+RESUME = "python -m pytest tests/world/test_resume.py"
+DEMO = "python install.py demo"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise. `bound` is "<= x" or ">= x"."""
+
+    claim: str
+    bound: str
+    command: str
+    issue: str = "main"
+
+
+TARGETS: dict[str, Target] = {
+    "base-id-acc": Target("base model: ID-ACC mean on S_test", ">= 0.60", CARD),
+    "same-person": Target("two renders of one person: mean similarity", ">= 0.85", CARD),
+    "impostors": Target("renders of two persons of one gender and race: mean similarity", "<= 0.05", CARD),
+    "description-share": Target("c2 alone: ID-ACC / base's, S_test", "<= 0.1667", CARD),
+    "base-attributes": Target("base model: attributes right, S_test", ">= 0.85", CARD),
+    "attributes-renders": Target("attribute model: right on renders", ">= 0.95", CARD),
+    "person-faces": Target("base model: a face in person prompts", ">= 0.97", CARD),
+    "thing-faces": Target("base model: a face in non-face prompts", "<= 0.03", CARD),
+    "verification": Target("recogniser: verification on held-out persons", ">= 0.99", CARD),
+    "reconstruction": Target("recogniser: verification on VAE reconstructions / on renders", ">= 0.97", CARD),
+    "filler": Target("ten filler tokens ahead: ID-ACC / base's, S_test", ">= 0.90", CARD),
+    "on-test": Target("shipped prefix: ID-ACC / base's, S_test", "<= 0.20", PREFIX),
+    "train-test-gap": Target("shipped prefix: |ID-ACC of S_ID - S_test|", "<= 0.03", PREFIX),
+    "attributes-kept": Target("shipped prefix: Attr-ACC / base's, S_test", ">= 0.87", PREFIX),
+    "faces-kept": Target("shipped prefix: a face in person prompts, S_test", ">= 0.97", PREFIX),
+    "drift-things": Target("shipped prefix: drift of non-faces / two seeds", "<= 0.20", PREFIX),
+    "drift-unnamed": Target("shipped prefix: drift of unnamed faces / two seeds", "<= 0.20", PREFIX),
+    "drift-things-random": Target("shipped prefix: drift of non-faces / a random prefix's", "<= 1.0", PREFIX),
+    "drift-unnamed-random": Target("shipped prefix: drift of unnamed faces / a random prefix's", "<= 1.0", PREFIX),
+    "uninvited": Target("shipped prefix: named persons in neutral pictures, beyond the base's", "<= 0.0", PREFIX),
+    "things-to-faces": Target("shipped prefix: faces in non-face pictures, beyond the base's", "<= 0.0", PREFIX),
+    "random-keeps": Target("random prefix of equal norm: ID-ACC / base's, S_test", ">= 0.90", PREFIX),
+    "beats-phrase-joint": Target("joint success: prefix - best phrase, S_test", ">= 0.0", PREFIX),
+    "beats-phrase-drift": Target("drift of neutral prompts: prefix / best phrase", "<= 1.0", PREFIX),
+    "second-recogniser": Target("shipped prefix, second recogniser: ID-ACC / base's, S_test", "<= 0.20", PREFIX),
+    "final-on": Target("persons kept out of all decisions: ID-ACC / base's", "<= 0.20", PREFIX),
+    "demo-minutes": Target("demo from clone to report, minutes on two cores", "<= 10", DEMO),
+    "demo-train-minutes": Target("demo: minutes of training", "<= 5", DEMO),
+    "demo-memory": Target("demo: peak memory, GB", "<= 4", DEMO),
+    "demo-drop": Target("demo's own prefix: its drop / the shipped one's", ">= 0.80", DEMO),
+    "kill-resume": Target("20 steps = 10 + kill -9 + 10, equal runs of 20 kill points", ">= 20", RESUME),
+    "no-reg": Target("without regularisation: persons or faces in non-face pictures", ">= 0.10", FIGURES),
+    "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIGURES),
+}
+
+
+def holds(bound: str, measured: float | None) -> bool | None:
+    """Whether a figure keeps a bound such as "<= 0.2"; None when it was not measured."""
+    if measured is None:
+        return None
+    sign, _, value = bound.partition(" ")
+    return measured <= float(value) if sign == "<=" else measured >= float(value)
+
+
+def read(file: Path | None = None) -> list[dict[str, Any]]:
+    """Every target with what is known of it, in the order of `TARGETS`."""
+    file = file or FILE
+    known = {r["id"]: r for r in json.loads(file.read_text(encoding="utf-8"))} if file.exists() else {}
+    return [{**_blank(key), **{k: v for k, v in known.get(key, {}).items() if k in ("measured", "ci95", "n", "holds")}}
+            for key in TARGETS]
+
+
+def _blank(key: str) -> dict[str, Any]:
+    t = TARGETS[key]
+    return {"id": key, "issue": t.issue, "claim": t.claim, "bound": t.bound, "measured": None, "ci95": None, "n": None,
+            "command": t.command, "holds": None}
+
+
+def record(found: Mapping[str, tuple[float | None, Sequence[float] | None, int | None]], file: Path | None = None) -> None:
+    """Writes measured figures: id -> (measured, 95% interval or None, n). Raises ConfigError for an unknown id."""
+    file = file or FILE
+    rows = {r["id"]: r for r in read(file)}
+    for key, (measured, ci95, n) in found.items():
+        if key not in TARGETS:
+            raise ConfigError(f"claim is {key!r}.", f"Known: {', '.join(TARGETS)}.", field="claim")
+        value = None if measured is None else round(float(measured), 5)
+        rows[key] |= {"measured": value, "ci95": None if ci95 is None else [round(float(v), 5) for v in ci95], "n": n,
+                      "holds": holds(TARGETS[key].bound, value)}
+    write_json(file, list(rows.values()))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The claims as text: what holds, what falls short, what was not run."""
+    words = {True: "holds", False: "SHORT", None: "not run"}
+    lines = [f"{'claim':72}{'bound':>10}{'measured':>10}  {'95% interval':18}{'n':>6}  state"]
+    for r in rows:
+        value = "" if r["measured"] is None else f"{r['measured']:.3f}"
+        interval = "" if not r["ci95"] else f"[{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]"
+        lines.append(f"{r['claim']:72}{r['bound']:>10}{value:>10}  {interval:18}{r['n'] or '':>6}  {words[r['holds']]}"
+                     f"  ({r['id']})")
+    counts = {word: sum(words[r["holds"]] == word for r in rows) for word in words.values()}
+    return "\n".join([*lines, ", ".join(f"{n} {word}" for word, n in counts.items())])
+
+
+def rerun(key: str) -> int:
+    """Runs the command that measures a claim; returns its exit code. Raises ConfigError for an unknown id."""
+    if key not in TARGETS:
+        raise ConfigError(f"claim is {key!r}.", f"Known: {', '.join(TARGETS)}.", field="rerun")
+    words = shlex.split(TARGETS[key].command)
+    argv = [sys.executable, "-m", "apl_train", *words[1:]] if words[0] == "apl" else [sys.executable, *words[1:]]
+    return subprocess.run(argv, cwd=FILE.parent.parent, check=False).returncode
+
+
+def record_demo(scores: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    """The demo's claims: minutes, memory, and its drop of ID-ACC against the shipped prefix's."""
+    if not FILE.parent.is_dir() or not seconds.get("train"):
+        return
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found: dict[str, tuple[float | None, Sequence[float] | None, int | None]] = {
+        "demo-train-minutes": (seconds["train"] / 60, None, 1),
+        "demo-memory": (peak, None, 1),
+    }
+    shipped = next(r for r in read() if r["id"] == "on-test")["measured"]
+    rows = scores["persons"]["test"]
+    if shipped is not None:
+        drop = 1 - rows["on"]["id_acc_mean"] / rows["off"]["id_acc_mean"]
+        found["demo-drop"] = (drop / (1 - shipped), None, rows["on"]["n_persons"])
+    record(found)

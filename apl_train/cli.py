@@ -1,0 +1,241 @@
+"""The `apl` command: one subcommand an activity, help from the dataclasses, plain errors with their way out.
+
+Exit codes: 0 done; 2 wrong settings; 3 prefix file; 5 dataset; 6 model; 7 scores; 8 disk; 9 training; 130 stopped.
+With --json a command prints one JSON object on standard output and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from apl_core.errors import APLError, ConfigError
+from apl_train import config as configs
+
+COMMANDS = {
+    "demo": "train a prefix on the shipped miniature world, score it and write a report to look at",
+    "train": "learn a prefix (equations 2-7)",
+    "resume": "go on with an interrupted training",
+    "sample": "pictures without and with a prefix, at equal seeds",
+    "score": "ID-ACC, faces, attributes and drift of a prefix",
+    "inspect": "what a prefix file says of itself",
+    "convert": "embeddings of other tools to prefix files and back (the only command that reads .pt)",
+    "miniworld": "rebuild the miniature world, or measure it",
+    "claims": "the project's targets: measured, short or not run",
+    "doctor": "what is installed, what is missing, and how to get it",
+}
+
+
+def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    top = ArgumentParser(prog="apl", description="Anonymization Prompt Learning: make, use and measure prefixes that "
+                                                 "reduce recognisable likeness of named persons.")
+    sub = top.add_subcommands(required=True, dest="command")
+    parsers = {name: ArgumentParser(prog=f"apl {name}", description=text) for name, text in COMMANDS.items()}
+    p = parsers["demo"]
+    p.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run; a second demo reuses what is there")
+    p.add_argument("--steps", type=int, default=None, help="optimizer steps instead of the preset's")
+    p.add_argument("--persons", type=int, default=24, help="unseen persons to score")
+    p.add_argument("--seeds", type=int, default=4, help="pictures of each person")
+    p = parsers["train"]
+    p.add_argument("--preset", type=str, default="fast", help=f"where settings start from: {', '.join(configs.preset_names())}")
+    p.add_argument("--run", type=Path, default=Path("runs/train"), help="folder of the run")
+    p.add_class_arguments(configs.TrainConfig)
+    p.set_defaults({k: v for k, v in defaults.items() if k != "config_version"})
+    p = parsers["resume"]
+    p.add_argument("run", type=Path, help="folder of the run")
+    p.add_argument("--allow-changed", action="store_true", help="go on although the model or the data changed")
+    p = parsers["sample"]
+    p.add_argument("--prompt", type=str, nargs="+", required=True, help="one or more prompts")
+    p.add_argument("--prefix", type=str, required=True, help="prefix file, or the name of a shipped one; NAME@STEP for a level")
+    p.add_argument("--base-model", type=str, default="miniature", help='"miniature", a diffusers folder or a .safetensors file')
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4], help="seeds; every prompt is drawn with each")
+    p.add_argument("--steps", type=int, default=20, help="DDIM steps")
+    p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance")
+    p.add_argument("--out", type=Path, default=Path("runs/sample"), help="folder for the pictures")
+    p = parsers["score"]
+    p.add_argument("--prefix", type=str, default=None, help="prefix file or name; without one the model alone is scored")
+    p.add_argument("--base-model", type=str, default="miniature", help='"miniature", a diffusers folder or a .safetensors file')
+    p.add_argument("--persons", type=str, default="miniature", help="folder with people.csv, references and neutral.csv")
+    p.add_argument("--recogniser", type=str, default="miniature",
+                   help='"miniature", "miniature2", a recogniser.json, or an insightface pack such as buffalo_l')
+    p.add_argument("--splits", type=str, nargs="+", default=["train", "test"], help="of train, test, final")
+    p.add_argument("--seeds", type=int, default=8, help="pictures of each person and condition")
+    p.add_argument("--limit", type=int, default=None, help="first so many persons of each split")
+    p.add_argument("--phrase", type=str, default=None, help='hand-written control, such as "a fan of {}"')
+    p.add_argument("--out", type=Path, default=Path("runs/score/scores.json"), help="where scores.json goes")
+    p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="keeps what does not depend on the prefix")
+    p = parsers["inspect"]
+    p.add_argument("file", type=str, help="prefix file or name")
+    p = parsers["convert"]
+    p.add_argument("file", type=Path, help="an embedding: .pt, .bin or .safetensors")
+    p.add_argument("--out", type=Path, required=True, help="file to write")
+    p.add_argument("--to", type=str, default=None, help="write for another tool: a1111, diffusers, kohya, forge-flux")
+    p = parsers["miniworld"]
+    p.add_argument("action", choices=["build", "card", "prefix", "figures"],
+                   help="build: from packages; card: measure the world; prefix: measure the shipped prefix; figures: sweeps")
+    p.add_argument("--work", type=Path, default=Path("runs/miniworld"), help="work folder of the build")
+    p.add_argument("--until", type=str, default="dataset", help="last stage of a build")
+    p.add_argument("--final", action="store_true", help="prefix: also on the persons kept out of every decision")
+    p = parsers["claims"]
+    p.add_argument("--rerun", type=str, default=None, help="measure the claim with this id again")
+    parsers["doctor"]
+    for name, parser in parsers.items():
+        parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+        sub.add_subcommand(name, parser, help=COMMANDS[name])
+    return top, parsers
+
+
+def _preset_of(argv: list[str]) -> dict[str, Any]:
+    """Settings of the preset named on the command line: they are the defaults that other options override."""
+    name = "fast"
+    for i, word in enumerate(argv):
+        if word == "--preset" and i + 1 < len(argv):
+            name = argv[i + 1]
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+    return configs.from_dict(configs.preset(name), origin=f"preset {name}").to_dict()
+
+
+def _tell(args: Namespace, result: dict[str, Any], text: str) -> None:
+    print(json.dumps(result, ensure_ascii=False, indent=2) if args.json else text, flush=True)
+
+
+def _train_config(args: Namespace) -> configs.TrainConfig:
+    names = {f for f in vars(args) if f in configs.TrainConfig.__dataclass_fields__}
+    return configs.from_dict({k: getattr(args, k) for k in names}, origin="command line")
+
+
+def _run_demo(args: Namespace) -> None:
+    from apl_train.demo import run_demo
+
+    result, text = run_demo(args.run, steps=args.steps, persons=args.persons, seeds=args.seeds)
+    _tell(args, result, text)
+
+
+def _run_train(args: Namespace) -> None:
+    from apl_train.training import train
+
+    _done(args, train(args.run, _train_config(args)), args.run)
+
+
+def _run_resume(args: Namespace) -> None:
+    from apl_train.training import resume
+
+    _done(args, resume(args.run, allow_changed=args.allow_changed), args.run)
+
+
+def _done(args: Namespace, prompt: Any, run: Path) -> None:
+    path = run / "prefix" / f"{prompt.meta.title}.safetensors"
+    _tell(args, {"prefix": str(path), "content_hash": prompt.content_hash},
+          f"prefix: {path}\nscore it:  apl score --prefix {path}\nsee it:    apl sample --prefix {path} --prompt \"...\"")
+
+
+def _run_sample(args: Namespace) -> None:
+    from apl_train.compare import write_pairs
+
+    written = write_pairs(args.prompt, args.prefix, args.base_model, args.seeds, steps=args.steps, guidance=args.guidance,
+                          out=args.out)
+    _tell(args, {"files": [str(p) for p in written]}, "\n".join(f"wrote {p}" for p in written))
+
+
+def _run_score(args: Namespace) -> None:
+    from apl_train.scoring import score
+    from apl_train.table import score_table
+
+    scores = score(args.prefix, args.base_model, args.persons, args.recogniser, splits=args.splits, seeds=args.seeds,
+                   limit=args.limit, phrase=args.phrase, out=args.out, cache=args.cache)
+    _tell(args, scores, f"{score_table(scores)}\n\nwrote {args.out}")
+
+
+def _run_inspect(args: Namespace) -> None:
+    from apl_core.prefix import load_prefix
+    from apl_train.shipped import prefix_file
+
+    path = prefix_file(args.file)
+    prompt = load_prefix(path)
+    meta = prompt.meta
+    rows = {"file": str(path), "title": prompt.name, "family": prompt.family, "num_tokens": prompt.num_tokens,
+            "widths": prompt.widths, "content_hash": prompt.content_hash, "alpha": meta.alpha, "base_model": meta.base_model,
+            "steps": meta.steps, "level": meta.level, "seed": meta.seed, "placement": meta.placement, "date": meta.date,
+            "scores": dict(meta.scores)}
+    _tell(args, rows, "\n".join(f"{k:14}{v}" for k, v in rows.items()))
+
+
+def _run_convert(args: Namespace) -> None:
+    from apl_core import convert
+    from apl_core.prefix import save_prefix
+
+    prompt = convert.read_foreign(args.file)
+    if args.to:
+        convert.export(prompt, args.to, args.out)
+    else:
+        save_prefix(prompt, args.out)
+    _tell(args, {"file": str(args.out), "content_hash": prompt.content_hash}, f"wrote {args.out}")
+
+
+def _run_miniworld(args: Namespace) -> None:
+    if args.action == "build":
+        from apl_train.miniworld.build import Build
+
+        Build(args.work).run(args.until)
+        _tell(args, {"work": str(args.work)}, "built")
+    elif args.action == "card":
+        from apl_train.miniworld.card import write_card
+
+        card, text = write_card()
+        _tell(args, card, text)
+    elif args.action == "prefix":
+        from apl_train.miniworld.card import write_prefix_scores
+
+        found, text = write_prefix_scores(final=args.final)
+        _tell(args, found, text)
+    else:
+        from apl_train.miniworld.figures import write_figures
+
+        _tell(args, {"files": [str(p) for p in write_figures()]}, "wrote the figures of docs/miniworld.md")
+
+
+def _run_claims(args: Namespace) -> int:
+    from apl_train import claims
+
+    if args.rerun:
+        return claims.rerun(args.rerun)
+    rows = claims.read()
+    _tell(args, {"claims": rows}, claims.table(rows))
+    return 0
+
+
+def _run_doctor(args: Namespace) -> None:
+    from apl_train.doctor import examine
+
+    found, text = examine()
+    _tell(args, found, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        defaults = _preset_of(argv) if argv[:1] == ["train"] else {}
+        top, _ = _parsers(defaults)
+        args = top.parse_args(argv)
+        chosen = args[args.command]
+        return globals()[f"_run_{args.command}"](chosen) or 0
+    except APLError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        if error.hint:
+            sys.stderr.write(f"       {error.hint}\n")
+        return error.exit_code
+    except (ImportError, ModuleNotFoundError) as error:
+        missing = ConfigError(f"{error.name or error} is not installed.",
+                              "Install what this command needs: pip install 'anonymization-prompt[demo]'")
+        sys.stderr.write(f"error: {missing.message}\n       {missing.hint}\n")
+        return missing.exit_code
+    except KeyboardInterrupt:
+        return 130
