@@ -63,9 +63,11 @@ class Recogniser(nn.Module):
         self.body = nn.Sequential(*layers)
         self.squeeze = nn.Sequential(nn.Conv2d(before, 32, 1, bias=False), nn.BatchNorm2d(32))
         self.out = nn.Sequential(nn.Linear(32 * 49, 128, bias=False), nn.BatchNorm1d(128))
+        self.register_buffer("blind", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.squeeze(self.body(x)).flatten(1))
+        z = self.out(self.squeeze(self.body(x)).flatten(1))
+        return z if self.blind is None else z @ self.blind
 
 
 def distort(pixels: Tensor, g: torch.Generator, size: int) -> Tensor:
@@ -126,7 +128,22 @@ def train_recogniser(folder: Path, pictures: np.ndarray, rows: list[dict], shape
 
     fit(shape.name, folder, {"model": model, "centres": centres}, step, steps=steps, lr=lr, weight_decay=5e-4,
         minutes=minutes, seed=shape.seed)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    model.blind = blindfold(model, pictures[::4], [rows[i] for i in range(0, len(rows), 4)])
+    return model
+
+
+def blindfold(model: Recogniser, pictures: np.ndarray, rows: list[dict]) -> Tensor:
+    """A projection float32 [128, 128] that takes out the directions in which strangers of one gender and race agree.
+
+    What is left of a person is then not what the description says anyway; without it two persons of one gender and race
+    have a similarity of 0.07 instead of 0. Measured on the training strangers, applied to everyone.
+    """
+    z = embed(model, pictures)
+    group = np.array([f"{r['attributes']['gender']} {r['attributes']['race']}" for r in rows])
+    means = torch.from_numpy(np.stack([z[group == g].mean(0) for g in sorted(set(group))]))
+    basis = torch.linalg.qr(means.T.double()).Q
+    return (torch.eye(128, dtype=torch.float64) - basis @ basis.T).float()
 
 
 @torch.no_grad()
