@@ -1,0 +1,258 @@
+"""A frozen Stable Diffusion model behind five verbs: encode, predict, to_latents, decode, sample.
+
+Everything a model does here goes through diffusers' and transformers' own modules; this file batches and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apl_core.errors import ConfigError, DatasetError, ModelError
+from apl_core.placement import negative_needs_prefix
+from apl_train.model_files import SUPPORTED, Parts, read_parts
+from apl_train.text import Encoded, TextStack, Vectors
+
+_TIMESTEPS = 1000
+_VAE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated pictures, row by row as the prompts were.
+
+    Attributes:
+        latents: float32 [N, 4, h, w] on the CPU, final latents as the UNet sees them (scaled).
+        images: uint8 [N, H, W, 3], RGB; no rows when they were not decoded.
+    """
+
+    latents: Tensor
+    images: np.ndarray
+
+
+class Backend:
+    """One model with frozen weights; see `load`.
+
+    Attributes:
+        name: of the file or folder.
+        family: "sd1".
+        sha256: hash of the weights, lowercase hex: of the file, or of a folder's .safetensors files in sorted order.
+        text: its tokenizer and text encoder.
+        alphas_bar: float32 [1000], the noise schedule's cumulative alphas, by timestep.
+        size: native edge of its pictures, in pixels.
+    """
+
+    def __init__(
+        self, parts: Parts, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Takes the modules over: they are moved, cast and frozen in place. Raises ModelError when they do not fit."""
+        from diffusers import DDIMScheduler
+
+        _check_parts(parts)
+        self.name, self.family, self.sha256 = parts.name, "sd1", parts.sha256
+        self.device, self.dtype = torch.device(device), dtype
+        self.unet, self.vae, encoder = (
+            part.to(self.device, dtype).eval().requires_grad_(False)
+            for part in (parts.unet, parts.vae, parts.text_encoder)
+        )
+        if self.device.type == "cpu":
+            self.unet.to(memory_format=torch.channels_last)  # about a tenth faster there; the VAE gains nothing
+        self.text = TextStack("sd1", {"emb_params": parts.tokenizer}, {"emb_params": encoder})
+        self._scheduler = DDIMScheduler(**parts.schedule)
+        self.alphas_bar = self._scheduler.alphas_cumprod.float()
+        self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.size = int(self.unet.config.sample_size) * self._factor
+
+    @classmethod
+    def load(
+        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Backend:
+        """Read a model from disk; weights are cast to `dtype`. `source`: see `model_files.read_parts`.
+
+        Raises:
+            ModelError: it is missing, of an unsafe or unsupported kind, damaged, or the device cannot take it.
+        """
+        parts = read_parts(source)
+        try:
+            return cls(parts, device=device, dtype=dtype)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"Cannot put {parts.name} on the device {str(device)!r} as {dtype}: {error}",
+                             "Use device cpu, or free memory.", field="device") from error
+
+    def encode(self, prompts: Sequence[str], vectors: Vectors | None = None, **options: Any) -> Encoded:
+        """tau([AP] (+) c): `TextStack.encode`."""
+        return self.text.encode(prompts, vectors, **options)
+
+    def predict(self, x_t: Tensor, t: Tensor, encoded: Encoded) -> Tensor:
+        """eps_theta(x_t, tau(c), t) of N noisy latents: float32 [N, 4, h, w].
+
+        x_t: float [N, 4, h, w], scaled latents; t: int64 [N]; gradient flows to `encoded` (and x_t), not to weights.
+        """
+        x_t = x_t.to(self.device, self.dtype)
+        states = encoded.states.to(self.device, self.dtype)
+        return self.unet(x_t, t.to(self.device), encoder_hidden_states=states, return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def to_latents(self, images: np.ndarray) -> Tensor:
+        """Scaled latents of pictures, the posterior's mode: uint8 [N, H, W, 3] -> float32 [N, 4, H/8, W/8] on the CPU.
+
+        Raises:
+            DatasetError: not uint8 RGB pictures with edges that the VAE divides.
+        """
+        right = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
+        if not right or any(edge % self._factor or not edge for edge in images.shape[1:3]):
+            raise DatasetError(
+                f"The pictures are {images.dtype} {list(images.shape)}.",
+                f"Use uint8 RGB pictures with edges that are multiples of {self._factor}.", field="image",
+            )
+        edges = [edge // self._factor for edge in images.shape[1:3]]
+        out = torch.empty(len(images), self.vae.config.latent_channels, *edges)
+        for start in range(0, len(images), _VAE_BATCH):
+            part = torch.from_numpy(np.ascontiguousarray(images[start : start + _VAE_BATCH]))
+            pixels = part.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1
+            mode = self.vae.encode(pixels).latent_dist.mode()
+            out[start : start + _VAE_BATCH] = mode * self.vae.config.scaling_factor
+        return out
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Pictures of scaled latents: float [N, 4, h, w] -> uint8 [N, 8h, 8w, 3], RGB."""
+        height, width = (edge * self._factor for edge in latents.shape[2:])
+        out = np.empty((len(latents), height, width, 3), np.uint8)
+        for start in range(0, len(latents), _VAE_BATCH):
+            part = latents[start : start + _VAE_BATCH].to(self.device, self.dtype)
+            pixels = self.vae.decode(part / self.vae.config.scaling_factor, return_dict=False)[0].float()
+            pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
+            out[start : start + _VAE_BATCH] = pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
+        return out
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        class Guided(StableDiffusionPipeline):
+            # diffusers drops the negative prompt below 1 too, where it counts most; hosts drop it at 1 only
+            @property
+            def do_classifier_free_guidance(self) -> bool:
+                return self._guidance_scale != 1.0
+
+        pipe = Guided(self.vae, self.text.encoders["emb_params"], self.text.tokenizers["emb_params"], self.unet,
+                      self._scheduler, None, None, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _noise(self, seed: int, size: int) -> Tensor:
+        edge = size // self._factor
+        generator = torch.Generator("cpu").manual_seed(int(seed))
+        return torch.randn(self.unet.config.in_channels, edge, edge, generator=generator)
+
+    def _batches(self, prompts: Sequence[str], least: int, m: int, batch: int) -> Iterator[tuple[int, list[int]]]:
+        """(chunks, rows) of prompts that take as many chunks: padding to a longer neighbour would change a picture."""
+        groups: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            groups.setdefault(max(least, self.text.chunks_of(prompt, m)), []).append(row)
+        for chunks, rows in sorted(groups.items()):
+            for start in range(0, len(rows), batch):
+                yield chunks, rows[start : start + batch]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        vectors: Vectors | None = None,
+        steps: int = 20,
+        guidance: float = 3.0,
+        negative: str = "",
+        size: int | None = None,
+        batch: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+        decode: bool = True,
+    ) -> Samples:
+        """Generate one picture a prompt with DDIM (diffusers' own pipeline); neither batch nor neighbours matter.
+
+        Args:
+            prompts, seeds: N texts and the seeds of their initial noise (drawn on the CPU, row by row).
+            vectors: the prefix; the negative prompt carries it too where guidance below 1 makes that prompt add.
+            steps: denoising steps.
+            guidance: classifier-free guidance; at 1 the negative prompt has no part.
+            size: edge in pixels; the model's own by default.
+            batch: rows a pass.
+            progress: called with (pictures done, pictures in all) after every pass.
+            decode: whether to make pictures of the latents.
+
+        Raises:
+            ConfigError: a number is out of range, or there are not as many seeds as prompts.
+            PrefixFileError: the prefix does not fit the model.
+        """
+        size = self.size if size is None else size
+        _check_sampling(prompts, seeds, steps, size, batch, self._factor)
+        m, guided = self.text.num_prefix(vectors), guidance != 1.0
+        with_prefix = vectors if negative_needs_prefix(guidance) else None
+        least = self.text.chunks_of(negative, self.text.num_prefix(with_prefix)) if guided else 1
+        latents = torch.empty(len(prompts), self.unet.config.in_channels, size // self._factor, size // self._factor)
+        images = np.empty((len(prompts) if decode else 0, size, size, 3), np.uint8)
+        done = 0
+        for chunks, rows in self._batches(prompts, least, m, batch):
+            positive = self.encode([prompts[row] for row in rows], vectors, chunks=chunks).states
+            against = None
+            if guided:
+                against = self.encode([negative], with_prefix, chunks=chunks).states.expand_as(positive)
+            noise = torch.stack([self._noise(seeds[row], size) for row in rows])
+            found = self._pipeline(
+                prompt_embeds=positive, negative_prompt_embeds=against, latents=noise.to(self.device, self.dtype),
+                height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
+            ).images
+            latents[rows] = found.float().cpu()
+            if decode:
+                images[rows] = self.decode(found)
+            done += len(rows)
+            if progress:
+                progress(done, len(prompts))
+        return Samples(latents, images)
+
+
+def _check_sampling(
+    prompts: Sequence[str], seeds: Sequence[int], steps: int, size: int, batch: int, factor: int
+) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ConfigError(f"prompts is {prompts!r}.", "Give a list of at least one text.", field="prompts")
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"There are {len(seeds)} seeds for {len(prompts)} prompts.", "Give one seed a prompt.",
+                          field="seeds")
+    for name, value, most in (("steps", steps, _TIMESTEPS), ("size", size, 8192), ("batch", batch, 4096)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ConfigError(f"{name} is {value!r}, not a whole number from 1 to {most}.",
+                              f"Set {name} in that range.", field=name)
+    if size % factor:
+        raise ConfigError(f"size is {size}, not a multiple of {factor}.", f"Use {size - size % factor or factor}.",
+                          field="size")
+
+
+def _check_parts(parts: Parts) -> None:
+    """Raises ModelError unless these are the parts of one Stable Diffusion 1.x text-to-image model."""
+    unet, vae, schedule = parts.unet, parts.vae, parts.schedule
+    width = parts.text_encoder.config.hidden_size
+    problems = (
+        (width == 1024, "text_encoder", "The text encoder is 1024 wide, as those of Stable Diffusion 2.x are."),
+        (unet.config.cross_attention_dim != width, "unet",
+         f"The UNet attends to states {unet.config.cross_attention_dim} wide; the text encoder is {width} wide."),
+        (unet.config.in_channels != vae.config.latent_channels, "unet",
+         f"The UNet takes {unet.config.in_channels} channels, the VAE makes {vae.config.latent_channels}: not a plain "
+         "text-to-image model."),
+        (schedule.get("prediction_type", "epsilon") != "epsilon", "scheduler",
+         f"The model predicts {schedule.get('prediction_type')}, not the noise."),
+        (schedule.get("num_train_timesteps", _TIMESTEPS) != _TIMESTEPS, "scheduler",
+         f"The noise schedule has {schedule.get('num_train_timesteps')} timesteps, not {_TIMESTEPS}."),
+    )
+    for wrong, field, message in problems:
+        if wrong:
+            raise ModelError(message, SUPPORTED, field=field)
