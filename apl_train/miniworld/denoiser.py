@@ -78,7 +78,7 @@ def encode_all(vae, pictures: np.ndarray, batch: int = 32) -> Tensor:
 
 
 def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, *, steps: int, batch: int = 32,
-               lr: float = 8e-4, minutes: float | None = None):
+               lr: float = 1e-3, minutes: float | None = None):
     """faces, things: scaled latents [N, 4, 16, 16] in the order of `pairs`. Returns the averaged UNet, frozen."""
     torch.manual_seed(3)
     unet = new_unet().to(memory_format=torch.channels_last)

@@ -1,7 +1,8 @@
 """The loop that every part of the miniature world is trained with: seeded, resumable, one line of log a minute.
 
 A stage is `fit(name, modules, step, steps, ...)`; `step(i, generator)` returns a dict of losses whose "loss" entry
-is minimised. State (weights, Adam moments, step) is one safetensors file, written atomically every `save_minutes`.
+is minimised. Under torchrun (gloo) every process draws its own batch and gradients are averaged: on two cores two
+processes of one thread do 1.5 times the work of one process of two. State (weights, Adam moments, step) is one safetensors file, written atomically every `save_minutes`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -85,16 +87,20 @@ def fit(
     if path.exists():
         _restore(path, everything, optimizer)
         first = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"]
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     began = saved = time.monotonic()
     sums: dict[str, float] = {}
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5, disable=rank > 0)
     for i in bar:
         share = min(1.0, (i + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
         for group in optimizer.param_groups:
             group["lr"] = max(lr * share, lr * 0.02)
-        losses = step(i, torch.Generator().manual_seed(seed * 1_000_003 + i))
+        draw = i * world + rank
+        losses = step(draw, torch.Generator().manual_seed(seed * 1_000_003 + draw))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
+        if world > 1:
+            _average_gradients(parameters, world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(ema, (i + 1) / (i + 10))
@@ -111,7 +117,7 @@ def fit(
         bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()}, refresh=False)
         now = time.monotonic()
         over = minutes is not None and now - began > 60 * minutes
-        if now - saved > 60 * save_minutes or i + 1 == steps or over:
+        if rank == 0 and (now - saved > 60 * save_minutes or i + 1 == steps or over):
             write_safetensors(path, _state(everything, optimizer), {"step": str(i + 1)})
             with log.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({"step": i + 1, **{k: round(v, 6) for k, v in sums.items()}}) + "\n")
@@ -120,6 +126,20 @@ def fit(
             break
     for key, module in average.items():
         modules[key].load_state_dict(module.state_dict())
+
+
+def _average_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """One all-reduce for all gradients; a parameter that a batch did not reach has none and gets zeros."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= world
+    start = 0
+    for p in parameters:
+        p.grad = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
 
 
 def _copy(module: nn.Module) -> nn.Module:
