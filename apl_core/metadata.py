@@ -31,14 +31,14 @@ class PrefixMetadata:
         title: name shown to people.
         family: short family name ("sd1"); "" in a foreign file that does not say.
         num_tokens: m, the number of vectors (0 in a foreign file that does not say).
-        alpha: weight of the preservation loss (APL eq. 3).
+        alpha: strength of anonymization (APL eq. 5).
         base_model: name of the model it was learned on.
         base_model_sha256: hash of that model's weights, lowercase hex.
         steps: optimizer steps of the whole training.
         level: optimizer steps after which this level was saved; None for the final one.
         seed: seed of the training.
         dataset_sha256: hash of the training set's table.
-        transferred_from: content hash and mapper when vectors were carried over from another family (APL sec. 4.4).
+        transferred_from: content hash and mapper when vectors were carried over from another family (APL sec. 4.1).
         scores: measured scores, JSON values only; never names of persons.
         widths: tensor widths, only when they are not the family's own.
         placement: where the vectors stand: "prefix", "suffix" or "both".

@@ -1,4 +1,4 @@
-"""Where prompt tokens and prefix rows stand in a text encoder's 77 positions (APL sec. 3.2). Pure: numbers in and out.
+"""Where prompt tokens and prefix rows stand in a text encoder's 77 positions (APL sec. 3.3). Pure: numbers in and out.
 
 The layout is the hosts' own (BOS, up to 75 tokens, EOS, padding); the prefix takes m of the 75 in *every* chunk, for
 a chunk without it would bring the likeness back.
@@ -137,7 +137,7 @@ def plan(
     Args:
         tokens: the user's token ids, or (id, emphasis weight) pairs, without BOS, EOS and padding.
         num_prefix: m, rows of the prefix; 0 gives the plain layout.
-        position: "prefix" right after BOS (APL sec. 3.2); "suffix" after the chunk's user tokens, before EOS; "both"
+        position: "prefix" right after BOS (APL sec. 3.3); "suffix" after the chunk's user tokens, before EOS; "both"
             ceil(m / 2) rows ahead and the rest behind.
         bos, eos, pad: ids of the tokenizer (SD2 and CLIP-G pad with 0).
         length: positions of the encoder.

@@ -41,7 +41,7 @@ _log = logging.getLogger("apl")
 
 @dataclass(frozen=True, eq=False)
 class AnonymizationPrompt:
-    """A learned prefix (APL sec. 3.2): m vectors in the token-embedding space of each text encoder of a family.
+    """A learned prefix (APL sec. 3.3): m vectors in the token-embedding space of each text encoder of a family.
 
     Attributes:
         family: short family name, such as "sd1".

@@ -74,6 +74,14 @@ class Dataset:
     def _pictures(self) -> PictureFolder:
         return PictureFolder(self.folder)
 
+    @cached_property
+    def content_sha256(self) -> str:
+        """Of the table and every picture's bytes, lowercase hex: what cached latents and resumed trainings depend on."""
+        digest = hashlib.sha256(self.sha256.encode())
+        for record in self.records:
+            digest.update(hashlib.sha256(self._pictures.read(record.image)).digest())
+        return digest.hexdigest()
+
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The pictures of some records, uint8 [n, H, W, 3] RGB.
 

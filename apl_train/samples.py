@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 def cached_latents(backend: Backend, dataset: Dataset, cache: Path, progress: Progress | None = None) -> Tensor:
     """Scaled latents of a dataset's images, float32 [N, 4, h, w]; a damaged cache file is made again."""
-    path = cache / f"latents-{backend.sha256[:16]}-{dataset.sha256[:16]}.safetensors"
+    path = cache / f"latents-{backend.sha256[:16]}-{dataset.content_sha256[:16]}.safetensors"
     if path.exists():
         try:
             latents = load_file(path)["latents"]
@@ -75,7 +75,7 @@ class TrainingSet:
         self.nonface_rows = self._where(lambda i: self.kinds[i] == "nonface")
         if s_reg is not None and not len(self.face_rows) + len(self.nonface_rows):
             raise DatasetError("S_Reg has no rows.", "Add pictures of things and unnamed persons, or set no_reg.", field="s_reg")
-        self.sha256 = hashlib.sha256("".join(d.sha256 for d in sets).encode()).hexdigest()
+        self.sha256 = hashlib.sha256("".join(d.content_sha256 for d in sets).encode()).hexdigest()
         self._states: dict[str, Tensor] = {}
 
     def _where(self, holds: Callable[[int], bool]) -> Tensor:

@@ -150,7 +150,7 @@ class TextStack:
         chunks: int | None = None,
         overflow: str = "chunk",
     ) -> Encoded:
-        """Encode prompts, with the prefix in every chunk where there is one (paper sec. 3.2).
+        """Encode prompts, with the prefix in every chunk where there is one (paper sec. 3.3).
 
         Args:
             prompts: N texts.

@@ -14,20 +14,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from apl_core.errors import ConfigError
+from apl_core.errors import ConfigError, DatasetError
+from apl_core.placement import capacity
 from apl_core.prefix import AnonymizationPrompt
 from apl_train import shipped
 from apl_train.backend import Backend
 from apl_train.config import TrainConfig
-from apl_train.dataset import read_dataset
+from apl_train.dataset import Dataset, problems, read_dataset
 from apl_train.samples import TrainingSet
 from apl_train.trainer import Trainer, read_config, write_config
 
 
 def load_training_set(backend: Backend, config: TrainConfig, cache: Path) -> TrainingSet:
     """S_ID and S_Reg of the settings, with latents cached. Raises DatasetError naming the row."""
-    s_id = read_dataset(shipped.locate("s_id", config.s_id), expect="id")
-    s_reg = None if config.no_reg else read_dataset(shipped.locate("s_reg", config.s_reg), expect="reg")
+    s_id = _checked(shipped.locate("s_id", config.s_id), "id", backend, config)
+    s_reg = None if config.no_reg else _checked(shipped.locate("s_reg", config.s_reg), "reg", backend, config)
     total = len(s_id.records) + (len(s_reg.records) if s_reg else 0)
     with tqdm(total=total, desc="latents", unit="picture", leave=False) as bar:
         seen = {"last": 0}
@@ -37,6 +38,17 @@ def load_training_set(backend: Backend, config: TrainConfig, cache: Path) -> Tra
             seen["last"] = done
 
         return TrainingSet(backend, s_id, s_reg, cache, persons=config.persons, progress=tell)
+
+
+def _checked(folder: Path, expect: str, backend: Backend, config: TrainConfig) -> Dataset:
+    """The dataset, once nothing is wrong with its table. Raises DatasetError with everything that is."""
+    room = capacity(config.num_tokens)
+    wrong = problems(folder, expect, encoder_room=lambda text: room - len(backend.text.tokenize(text)), check_images=False)
+    if wrong:
+        shown = "\n".join(f"  {p}" for p in wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        raise DatasetError(f"{folder} has {len(wrong)} problem(s):\n{shown}", "Mend them and start again; nothing was trained.",
+                           field=wrong[0].column)
+    return read_dataset(folder, expect=expect)
 
 
 class Bar:
