@@ -1,8 +1,8 @@
 """What a training step is made of: which pictures, which timesteps, which noise, and the frozen targets of equation 5.
 
-eps(c1) and eps(c2) do not depend on the prefix. `FreshTargets` computes them every step; `TargetBank` computes them once
-for a fixed set of (picture, timestep, noise) tuples, stores both (so alpha stays free) and shares them between runs:
-sweeps over m, alpha, learning rate and seed then pay for the prefixed prediction only.
+eps(c1) and eps(c2) do not depend on the prefix. `FreshTargets` computes them every step; `TargetBank` computes them
+once for a fixed set of (picture, timestep, noise) tuples, stores both (so alpha stays free) and shares them between
+runs: sweeps over m, alpha, learning rate and seed then pay for the prefixed prediction only.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def add_noise(latents: Tensor, noise: Tensor, t: Tensor, alphas_bar: Tensor) -> 
 
 
 @torch.no_grad()
-def frozen_predictions(backend: Backend, data: TrainingSet, rows: Tensor, t: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+def frozen_predictions(
+    backend: Backend, data: TrainingSet, rows: Tensor, t: Tensor, x_t: Tensor
+) -> tuple[Tensor, Tensor]:
     """eps(c1) and eps(c2) without prefix, both from one batch; rows with c1 = c2 are predicted once."""
     twice = torch.tensor([i for i, r in enumerate(rows.tolist()) if data.c1[r] != data.c2[r]], dtype=torch.int64)
     states = data.plain_states(backend, [data.c1[r] for r in rows] + [data.c2[int(rows[i])] for i in twice])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apl_core.atomic import write_json
-from apl_core.errors import ConfigError
+from apl_core.errors import ConfigError, ScoreError
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "claims.json"
 CARD = "apl miniworld card"
@@ -94,13 +95,22 @@ def _blank(key: str) -> dict[str, Any]:
             "command": t.command, "holds": None}
 
 
-def record(found: Mapping[str, tuple[float | None, Sequence[float] | None, int | None]], file: Path | None = None) -> None:
-    """Writes measured figures: id -> (measured, 95% interval or None, n). Raises ConfigError for an unknown id."""
+def record(
+    found: Mapping[str, tuple[float | None, Sequence[float] | None, int | None]], file: Path | None = None
+) -> None:
+    """Writes measured figures: id -> (measured, 95% interval or None, n).
+
+    Raises:
+        ConfigError: an unknown id. ScoreError: a figure that is not finite; nothing is written then.
+    """
     file = file or FILE
     rows = {r["id"]: r for r in read(file)}
     for key, (measured, ci95, n) in found.items():
         if key not in TARGETS:
             raise ConfigError(f"claim is {key!r}.", f"Known: {', '.join(TARGETS)}.", field="claim")
+        if not all(math.isfinite(v) for v in (measured, *(ci95 or ())) if v is not None):
+            raise ScoreError(f"{key} was measured as {measured}, 95% interval {ci95}.",
+                             "Measure it on more persons or pictures.", field=key)
         value = None if measured is None else round(float(measured), 5)
         rows[key] |= {"measured": value, "ci95": None if ci95 is None else [round(float(v), 5) for v in ci95], "n": n,
                       "holds": holds(TARGETS[key].bound, value)}
@@ -133,12 +143,9 @@ def record_demo(scores: Mapping[str, Any], seconds: Mapping[str, float]) -> None
     """The demo's claims: minutes, memory, and its drop of ID-ACC against the shipped prefix's."""
     if not FILE.parent.is_dir() or not seconds.get("train"):
         return
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     found: dict[str, tuple[float | None, Sequence[float] | None, int | None]] = {
         "demo-train-minutes": (seconds["train"] / 60, None, 1),
-        "demo-memory": (peak, None, 1),
+        "demo-memory": (_peak_gb(), None, 1),
     }
     shipped = next(r for r in read() if r["id"] == "on-test")["measured"]
     rows = scores["persons"]["test"]
@@ -146,3 +153,13 @@ def record_demo(scores: Mapping[str, Any], seconds: Mapping[str, float]) -> None
         drop = 1 - rows["on"]["id_acc_mean"] / rows["off"]["id_acc_mean"]
         found["demo-drop"] = (drop / (1 - shipped), None, rows["on"]["n_persons"])
     record(found)
+
+
+def _peak_gb() -> float | None:
+    """Most memory that this process held, in GB; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

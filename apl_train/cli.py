@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from apl_core.errors import APLError, ConfigError
 from apl_train import config as configs
@@ -37,12 +37,15 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     sub = top.add_subcommands(required=True, dest="command")
     parsers = {name: ArgumentParser(prog=f"apl {name}", description=text) for name, text in COMMANDS.items()}
     p = parsers["demo"]
-    p.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run; a second demo reuses what is there")
+    p.add_argument("--run", type=Path, default=Path("runs/demo"),
+                   help="folder of the run; a second demo reuses what is there")
     p.add_argument("--steps", type=int, default=None, help="optimizer steps instead of the preset's")
     p.add_argument("--persons", type=int, default=24, help="unseen persons to score")
     p.add_argument("--seeds", type=int, default=4, help="pictures of each person")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of TrainConfig's settings
     p = parsers["train"]
-    p.add_argument("--preset", type=str, default="fast", help=f"where settings start from: {', '.join(configs.preset_names())}")
+    p.add_argument("--preset", type=str, default="fast",
+                   help=f"where settings start from: {', '.join(configs.preset_names())}")
     p.add_argument("--run", type=Path, default=Path("runs/train"), help="folder of the run")
     p.add_class_arguments(configs.TrainConfig)
     p.set_defaults({k: v for k, v in defaults.items() if k != "config_version"})
@@ -51,16 +54,21 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--allow-changed", action="store_true", help="go on although the model or the data changed")
     p = parsers["sample"]
     p.add_argument("--prompt", type=str, nargs="+", required=True, help="one or more prompts")
-    p.add_argument("--prefix", type=str, required=True, help="prefix file, or the name of a shipped one; NAME@STEP for a level")
-    p.add_argument("--base-model", type=str, default="miniature", help='"miniature", a diffusers folder or a .safetensors file')
+    p.add_argument("--prefix", type=str, required=True,
+                   help="prefix file, or the name of a shipped one; NAME@STEP for a level")
+    p.add_argument("--base-model", type=str, default="miniature",
+                   help='"miniature", a diffusers folder or a .safetensors file')
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4], help="seeds; every prompt is drawn with each")
     p.add_argument("--steps", type=int, default=20, help="DDIM steps")
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance")
     p.add_argument("--out", type=Path, default=Path("runs/sample"), help="folder for the pictures")
     p = parsers["score"]
-    p.add_argument("--prefix", type=str, default=None, help="prefix file or name; without one the model alone is scored")
-    p.add_argument("--base-model", type=str, default="miniature", help='"miniature", a diffusers folder or a .safetensors file')
-    p.add_argument("--persons", type=str, default="miniature", help="folder with people.csv, references and neutral.csv")
+    p.add_argument("--prefix", type=str, default=None,
+                   help="prefix file or name; without one the model alone is scored")
+    p.add_argument("--base-model", type=str, default="miniature",
+                   help='"miniature", a diffusers folder or a .safetensors file')
+    p.add_argument("--persons", type=str, default="miniature",
+                   help="folder with people.csv, references and neutral.csv")
     p.add_argument("--recogniser", type=str, default="miniature",
                    help='"miniature", "miniature2", a recogniser.json, or an insightface pack such as buffalo_l')
     p.add_argument("--splits", type=str, nargs="+", default=["train", "test"], help="of train, test, final")
@@ -77,7 +85,8 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--to", type=str, default=None, help="write for another tool: a1111, diffusers, kohya, forge-flux")
     p = parsers["miniworld"]
     p.add_argument("action", choices=["build", "card", "prefix", "figures"],
-                   help="build: from packages; card: measure the world; prefix: measure the shipped prefix; figures: sweeps")
+                   help="build: from packages; card: measure the world; prefix: measure the shipped prefix; "
+                        "figures: sweeps")
     p.add_argument("--work", type=Path, default=Path("runs/miniworld"), help="work folder of the build")
     p.add_argument("--until", type=str, default="dataset", help="last stage of a build")
     p.add_argument("--final", action="store_true", help="prefix: also on the persons kept out of every decision")
@@ -118,9 +127,10 @@ def _run_demo(args: Namespace) -> None:
 
 
 def _run_train(args: Namespace) -> None:
+    config = _train_config(args)  # before the imports, which take seconds
     from apl_train.training import train
 
-    _done(args, train(args.run, _train_config(args)), args.run)
+    _done(args, train(args.run, config), args.run)
 
 
 def _run_resume(args: Namespace) -> None:
@@ -132,14 +142,15 @@ def _run_resume(args: Namespace) -> None:
 def _done(args: Namespace, prompt: Any, run: Path) -> None:
     path = run / "prefix" / f"{prompt.meta.title}.safetensors"
     _tell(args, {"prefix": str(path), "content_hash": prompt.content_hash},
-          f"prefix: {path}\nscore it:  apl score --prefix {path}\nsee it:    apl sample --prefix {path} --prompt \"...\"")
+          f"prefix: {path}\nscore it:  apl score --prefix {path}\n"
+          f"see it:    apl sample --prefix {path} --prompt \"...\"")
 
 
 def _run_sample(args: Namespace) -> None:
     from apl_train.compare import write_pairs
 
-    written = write_pairs(args.prompt, args.prefix, args.base_model, args.seeds, steps=args.steps, guidance=args.guidance,
-                          out=args.out)
+    written = write_pairs(args.prompt, args.prefix, args.base_model, args.seeds, steps=args.steps,
+                          guidance=args.guidance, out=args.out)
     _tell(args, {"files": [str(p) for p in written]}, "\n".join(f"wrote {p}" for p in written))
 
 
@@ -160,9 +171,9 @@ def _run_inspect(args: Namespace) -> None:
     prompt = load_prefix(path)
     meta = prompt.meta
     rows = {"file": str(path), "title": prompt.name, "family": prompt.family, "num_tokens": prompt.num_tokens,
-            "widths": prompt.widths, "content_hash": prompt.content_hash, "alpha": meta.alpha, "base_model": meta.base_model,
-            "steps": meta.steps, "level": meta.level, "seed": meta.seed, "placement": meta.placement, "date": meta.date,
-            "scores": dict(meta.scores)}
+            "widths": prompt.widths, "content_hash": prompt.content_hash, "alpha": meta.alpha,
+            "base_model": meta.base_model, "steps": meta.steps, "level": meta.level, "seed": meta.seed,
+            "placement": meta.placement, "date": meta.date, "scores": dict(meta.scores)}
     _tell(args, rows, "\n".join(f"{k:14}{v}" for k, v in rows.items()))
 
 
@@ -172,7 +183,7 @@ def _run_convert(args: Namespace) -> None:
 
     prompt = convert.read_foreign(args.file)
     if args.to:
-        convert.export(prompt, args.to, args.out)
+        convert.export(prompt, args.out, args.to)
     else:
         save_prefix(prompt, args.out)
     _tell(args, {"file": str(args.out), "content_hash": prompt.content_hash}, f"wrote {args.out}")

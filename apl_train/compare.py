@@ -17,8 +17,8 @@ from apl_train import shipped
 from apl_train.backend import Backend
 
 
-def write_pairs(prompts: Sequence[str], prefix: str, base_model: str, seeds: Sequence[int], *, steps: int, guidance: float,
-                out: Path) -> list[Path]:
+def write_pairs(prompts: Sequence[str], prefix: str, base_model: str, seeds: Sequence[int], *, steps: int,
+                guidance: float, out: Path) -> list[Path]:
     """One PNG a prompt: upper row without, lower row with the prefix, one column a seed. Returns the files.
 
     Raises:
@@ -32,8 +32,9 @@ def write_pairs(prompts: Sequence[str], prefix: str, base_model: str, seeds: Seq
         pictures = []
         for vectors in (None, prompt):
             start = bar.n
-            pictures.append(backend.sample(rows, every, vectors=vectors, steps=steps, guidance=guidance,
-                                           progress=lambda done, _total, start=start: bar.update(start + done - bar.n)).images)
+            made = backend.sample(rows, every, vectors=vectors, steps=steps, guidance=guidance,
+                                  progress=lambda done, _total, start=start: bar.update(start + done - bar.n))
+            pictures.append(made.images)
     written, n = [], len(seeds)
     for i, text in enumerate(prompts):
         grid = np.concatenate([np.concatenate(list(p[i * n : (i + 1) * n]), 1) for p in pictures], 0)

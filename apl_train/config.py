@@ -54,7 +54,7 @@ class TrainConfig:
     persons: int | None = None
     """Train on the first so many persons of S_ID (Fig. 8); all when not given."""
     init: str = "vocabulary"
-    """Start of the vectors: "vocabulary" (random tokens' embeddings) or "text" (the tokens of `init_text`, repeated)."""
+    """Start of the vectors: "vocabulary" (random tokens' embeddings) or "text" (tokens of `init_text`, repeated)."""
     init_text: str = "a photo of some person"
     """Words to start from when `init` is "text"."""
     low_t: int = 0
@@ -62,7 +62,7 @@ class TrainConfig:
     high_t: int = 999
     """Highest timestep drawn."""
     bank: int = 0
-    """Size of the target bank, tuples (picture, timestep, noise) with stored targets shared by all runs; 0 = fresh ones."""
+    """Size of the target bank: tuples (picture, timestep, noise) with stored targets, shared by all runs; 0 = none."""
     levels_every: int = 2000
     """Optimizer steps between saved levels (paper Fig. 6); each is a complete prefix file. 0 = none."""
     save_every: int = 200
@@ -83,7 +83,8 @@ class TrainConfig:
             _check("persons", self.persons, int, 1, 1_000_000)
         for field, allowed in (("schedule", ("constant", "cosine")), ("init", ("vocabulary", "text"))):
             if getattr(self, field) not in allowed:
-                raise ConfigError(f"{field} is {getattr(self, field)!r}.", f"Use one of: {', '.join(allowed)}.", field=field)
+                raise ConfigError(f"{field} is {getattr(self, field)!r}.", f"Use one of: {', '.join(allowed)}.",
+                                  field=field)
         if self.low_t > self.high_t:
             raise ConfigError(f"low_t is {self.low_t}, above high_t {self.high_t}.", "Swap the two.", field="low_t")
         if self.no_reg and self.id_share == 0:
@@ -98,7 +99,8 @@ def _check(field: str, value: Any, kind: type, low: float, high: float) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and (kind is float or isinstance(value, int))
     if not good or not math.isfinite(value) or not low <= value <= high:
         noun = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{field} is {value!r}, not {noun} from {low} to {high}.", f"Set {field} in that range.", field=field)
+        raise ConfigError(f"{field} is {value!r}, not {noun} from {low} to {high}.", f"Set {field} in that range.",
+                          field=field)
 
 
 def from_dict(values: dict[str, Any], origin: str = "config") -> TrainConfig:
@@ -117,7 +119,8 @@ def from_dict(values: dict[str, Any], origin: str = "config") -> TrainConfig:
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     for key in values:
         if key not in known:
-            raise ConfigError(f"{origin} has the unknown setting {key!r}.", f"Known: {', '.join(sorted(known))}.", field=str(key))
+            raise ConfigError(f"{origin} has the unknown setting {key!r}.", f"Known: {', '.join(sorted(known))}.",
+                              field=str(key))
     for field in dataclasses.fields(TrainConfig):
         # YAML 1.1 reads 1e-3 as a string
         if field.type == "float" and isinstance(values.get(field.name), str):
@@ -136,7 +139,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}.", "Check the path.", field="config") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}", "Compare it with apl_train/presets/fast.yaml.", field="config") from error
+        raise ConfigError(f"{path} is not YAML: {error}", "Compare it with apl_train/presets/fast.yaml.",
+                          field="config") from error
 
 
 def preset_names() -> list[str]:

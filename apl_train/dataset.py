@@ -76,7 +76,7 @@ class Dataset:
 
     @cached_property
     def content_sha256(self) -> str:
-        """Of the table and every picture's bytes, lowercase hex: what cached latents and resumed trainings depend on."""
+        """Of the table and every picture's bytes, lowercase hex: cached latents and resumed trainings depend on it."""
         digest = hashlib.sha256(self.sha256.encode())
         for record in self.records:
             digest.update(hashlib.sha256(self._pictures.read(record.image)).digest())

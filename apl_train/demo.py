@@ -69,7 +69,8 @@ def _levels(run: Path, backend: Backend, people: EvaluationSet, embedder: Any, c
     for step, path in sorted(files.items()):
         albums[step] = _Album()
         found = evaluate(backend, load_prefix(path), bare, embedder, splits=("test",), conditions=("off", "on"),
-                         persons_limit=LEVEL_PERSONS, seeds=LEVEL_SEEDS, cache=cache, keep_images=albums[step], keep_limit=SHOWN,
+                         persons_limit=LEVEL_PERSONS, seeds=LEVEL_SEEDS, cache=cache, keep_images=albums[step],
+                         keep_limit=SHOWN,
                          progress=lambda stage, done, total, step=step: bars(f"level {step} {stage}", done, total))
         row = found["persons"]["test"]["on"]
         scores.append({"step": step, "id_acc_mean": row["id_acc_mean"], "lo": row["ci95"][0], "hi": row["ci95"][1]})
@@ -108,8 +109,9 @@ def run_demo(run: Path, *, steps: int | None = None, persons: int = 24, seeds: i
         seconds["levels"] = time.monotonic() - began
     finally:
         bars.close()
-    level_scores.append({"step": prompt.meta.steps, "id_acc_mean": scores["persons"]["test"]["on"]["id_acc_mean"],
-                         "lo": scores["persons"]["test"]["on"]["ci95"][0], "hi": scores["persons"]["test"]["on"]["ci95"][1]})
+    on = scores["persons"]["test"]["on"]
+    level_scores.append({"step": prompt.meta.steps, "id_acc_mean": on["id_acc_mean"],
+                         "lo": on["ci95"][0], "hi": on["ci95"][1]})
 
     began = time.monotonic()
     test = people.of_split("test", SHOWN)
@@ -123,8 +125,9 @@ def run_demo(run: Path, *, steps: int | None = None, persons: int = 24, seeds: i
     unnamed = [p.prompt for p in people.of_kind("unnamed_face", 8)]
     scores["seconds"] |= {f"demo {k}": round(v, 1) for k, v in seconds.items()}
     report = Report(
-        title="Anonymization Prompt Learning, demonstrated", prefix_path=str(prefix_path), prefix_hash=prompt.content_hash,
-        model_name=backend.name, scores=scores, events=read_events(run), level_scores=level_scores, persons=rows, levels=strip,
+        title="Anonymization Prompt Learning, demonstrated", prefix_path=str(prefix_path),
+        prefix_hash=prompt.content_hash, model_name=backend.name, scores=scores, events=read_events(run),
+        level_scores=level_scores, persons=rows, levels=strip,
         level_labels=["off", *(f"step {s}" for s in albums), f"step {prompt.meta.steps}"],
         neutral=_pairs(album, "unnamed_faces", unnamed), nonfaces=_pairs(album, "nonfaces", things), seconds=seconds,
         commands=_next_steps(prefix_path),
@@ -141,7 +144,8 @@ def run_demo(run: Path, *, steps: int | None = None, persons: int = 24, seeds: i
 
 def _next_steps(prefix: Path) -> list[tuple[str, str]]:
     return [
-        ("draw your own prompts without and with the prefix", f'apl sample --prefix {prefix} --prompt "a portrait of a woman"'),
+        ("draw your own prompts without and with the prefix",
+         f'apl sample --prefix {prefix} --prompt "a portrait of a woman"'),
         ("measure it on all persons, with a second recogniser", f"apl score --prefix {prefix} --recogniser miniature2"),
         ("train one with other settings", "apl train --run runs/mine --alpha 2 --num_tokens 5"),
         ("see what the file says of itself", f"apl inspect {prefix}"),

@@ -43,5 +43,6 @@ def examine() -> tuple[dict[str, Any], str]:
     lines += [f"  {name:14}{version}" for name, version in facts["packages"].items()]
     for extra, names in facts["missing"].items():
         lines.append(f"missing for {extra}: {', '.join(names)}  ->  pip install 'anonymization-prompt[{extra}]'")
-    lines.append("the miniature world is here" if facts["miniature"] else "the miniature world is missing: `apl miniworld build`")
+    lines.append("the miniature world is here" if facts["miniature"] else
+                 "the miniature world is missing: `apl miniworld build`")
     return facts, "\n".join(lines)

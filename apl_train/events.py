@@ -1,4 +1,4 @@
-"""What a training says while it runs: one JSON object a line in `events.jsonl`, for people, user interfaces and reports.
+"""What a training says while it runs: one JSON object a line in `events.jsonl`, for people, interfaces and reports.
 
 Events: `start`, `step` (step, l_id, l_reg, loss, steps_per_s), `level` (step, path), `stopped`, `error`, `done`.
 """

@@ -11,7 +11,6 @@ import csv
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,15 +18,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from apl_core.errors import DatasetError
 from apl_core.onnx_models import file_hash
+from apl_train.pictures import PictureFolder, decode
 
 SPLITS = ("train", "test", "final")
 KINDS = ("unnamed_face", "nonface")
 PICTURES = frozenset({".webp", ".png", ".jpg", ".jpeg", ".bmp"})
-MAX_PICTURE_BYTES = 64 * 2**20
 _PEOPLE = ("name", "split", "description", "attributes")
 
 
@@ -70,41 +68,29 @@ class EvaluationSet:
     def references(self, person: PersonRecord) -> list[NDArray[np.uint8]]:
         """The person's reference pictures, uint8 [H, W, 3] RGB each. Raises `DatasetError` for a damaged one."""
         with _Store(self.folder) as store:
-            return [_decode(store.read(name), name) for name in person.references]
+            return [store.pixels(name) for name in person.references]
 
 
 class _Store:
-    """Reference pictures by NAME/FILE, from references.zip or the folder references/; nothing is unpacked to disk."""
+    """Reference pictures by NAME/FILE, from references.zip or the folder references/."""
 
     def __init__(self, folder: Path) -> None:
-        self._zip: zipfile.ZipFile | None = None
-        self._root = folder / "references"
-        archive = folder / "references.zip"
-        if archive.is_file():
-            try:
-                self._zip = zipfile.ZipFile(archive)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise DatasetError(f"{archive} is not a sound zip file: {error}", "Copy it again.",
-                                   field="references") from error
-        elif not self._root.is_dir():
+        archive, loose = (folder / "references.zip").resolve(), folder / "references"
+        if not archive.is_file() and not loose.is_dir():
             raise DatasetError(f"{folder} has neither references.zip nor a folder references.",
                                "Put two or more pictures of each person under references/NAME/.", field="references")
+        self._pictures = PictureFolder(loose, archive)
 
     def __enter__(self) -> _Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._zip is not None:
-            self._zip.close()
+        self._pictures.close()
 
     def names(self) -> dict[str, tuple[str, ...]]:
         """Person to sorted paths NAME/FILE of pictures."""
-        if self._zip is not None:
-            listed = [info.filename for info in self._zip.infolist() if not info.is_dir()]
-        else:
-            listed = [p.relative_to(self._root).as_posix() for p in self._root.glob("*/*") if p.is_file()]
         found: dict[str, list[str]] = {}
-        for name in listed:
+        for name in self._pictures.names():
             path = PurePosixPath(name)
             if len(path.parts) == 2 and ".." not in path.parts and path.suffix.lower() in PICTURES:
                 found.setdefault(path.parts[0], []).append(name)
@@ -113,26 +99,18 @@ class _Store:
     def read(self, name: str) -> bytes:
         """Bytes of one picture. Raises `DatasetError` when it is missing, damaged or larger than 64 MiB."""
         try:
-            if self._zip is not None:
-                with self._zip.open(name) as handle:
-                    data = handle.read(MAX_PICTURE_BYTES + 1)
-            else:
-                with (self._root / name).open("rb") as handle:
-                    data = handle.read(MAX_PICTURE_BYTES + 1)
-        except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # encrypted, too
-            raise DatasetError(f"The reference {name} cannot be read: {error}", "Copy it again.", field=name) from error
-        if len(data) > MAX_PICTURE_BYTES:
-            raise DatasetError(f"The reference {name} is larger than 64 MiB.", "Use a smaller picture.", field=name)
-        return data
+            return self._pictures.read(name)
+        except DatasetError as error:
+            raise DatasetError(f"A reference: {error.message}", error.hint, field=name) from error
 
-
-def _decode(data: bytes, name: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"The reference {name} is not a sound picture: {error}", "Replace it.",
-                           field=name) from error
+    def pixels(self, name: str) -> NDArray[np.uint8]:
+        """The picture, uint8 [H, W, 3] RGB, upright. Raises `DatasetError` when it is no sound picture."""
+        data = self.read(name)
+        try:
+            return decode(data, name)
+        except DatasetError as error:
+            raise DatasetError(f"The reference {name} is not a sound picture: {error.message}", error.hint,
+                               field=name) from error
 
 
 def read_evaluation_set(folder: str | Path) -> EvaluationSet:

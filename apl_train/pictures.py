@@ -1,4 +1,4 @@
-"""Picture files of a folder, loose or in one `images.zip`, read as RGB without trusting any of them.
+"""Picture files of a folder, loose or in one archive such as `images.zip`, read as RGB without trusting any of them.
 
 Step picture files -> pixels. Nothing is ever unpacked to disk, no path leads out of the folder, and every size is
 limited before memory is taken.
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from apl_core.errors import DatasetError
 
 ARCHIVE = "images.zip"
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 4096 * 4096
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"})
@@ -33,20 +33,36 @@ def _error(message: str, hint: str) -> DatasetError:
 
 
 class PictureFolder:
-    """The pictures of a folder by relative path ("/" between folders): those in images.zip, and loose files.
+    """The pictures of a folder by relative path ("/" between folders): those in an archive, and loose files.
+
+    Args:
+        folder: holds the loose files; it need not be there when all pictures are in the archive.
+        archive: a zip file in the folder, or elsewhere by its absolute path; there may be none.
 
     Raises:
-        DatasetError: images.zip is damaged; `field` is "image" in this and all errors below.
+        DatasetError: the archive is damaged; `field` is "image" in this and all errors below.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, archive: str | Path = ARCHIVE) -> None:
         self._folder = Path(folder).resolve()
-        path = self._folder / ARCHIVE
+        path = self._folder / archive
+        self._archive_name = path.name
         try:
             self._archive = zipfile.ZipFile(path) if path.exists() else None
         except _DAMAGED as error:
-            raise _error(f"{ARCHIVE} cannot be read: {error}.", "Pack it again.") from error
+            raise _error(f"{path.name} cannot be read: {error}.", "Pack it again.") from error
         self._members = {info.filename: info for info in self._archive.infolist()} if self._archive else {}
+
+    def close(self) -> None:
+        """Let go of the archive."""
+        if self._archive is not None:
+            self._archive.close()
+
+    def names(self) -> list[str]:
+        """Every file of the archive, or of the folder and its subfolders where there is no archive."""
+        if self._archive is not None:
+            return [name for name, info in self._members.items() if not info.is_dir()]
+        return [path.relative_to(self._folder).as_posix() for path in self._folder.rglob("*") if path.is_file()]
 
     def check(self, name: str) -> None:
         """Look whether there is such a file inside the folder. Raises DatasetError when not."""
@@ -62,7 +78,8 @@ class PictureFolder:
         if not is_inside:
             raise _error(f"{name} leads out of the folder.", "Copy the picture there instead of linking to it.")
         if not is_file:
-            raise _error(f"there is no picture {name}{f' in {ARCHIVE} or beside it' if self._archive else ''}.", _MOVE)
+            where = f" in {self._archive_name} or beside it" if self._archive else ""
+            raise _error(f"there is no picture {name}{where}.", _MOVE)
 
     def read(self, name: str) -> bytes:
         """The file's bytes, at most 64 MiB. Raises DatasetError."""

@@ -57,8 +57,8 @@ class TrainingSet:
         sha256: of both datasets.
     """
 
-    def __init__(self, backend: Backend, s_id: Dataset, s_reg: Dataset | None, cache: Path, *, persons: int | None = None,
-                 progress: Progress | None = None) -> None:
+    def __init__(self, backend: Backend, s_id: Dataset, s_reg: Dataset | None, cache: Path, *,
+                 persons: int | None = None, progress: Progress | None = None) -> None:
         sets = [s_id] + ([s_reg] if s_reg else [])
         records = [r for d in sets for r in d.records]
         self.latents = torch.cat([cached_latents(backend, d, cache, progress) for d in sets])
@@ -66,7 +66,8 @@ class TrainingSet:
         self.kinds = [r.kind for r in records]
         names = list(dict.fromkeys(r.name for r in s_id.records))
         if persons is not None and persons > len(names):
-            raise ConfigError(f"persons is {persons}, but S_ID has {len(names)}.", "Lower it, or leave it out.", field="persons")
+            raise ConfigError(f"persons is {persons}, but S_ID has {len(names)}.", "Lower it, or leave it out.",
+                              field="persons")
         chosen = set(names[:persons])
         self.persons = len(chosen)
         self.every_id_row = self._where(lambda i: self.kinds[i] == "id")
@@ -74,7 +75,8 @@ class TrainingSet:
         self.face_rows = self._where(lambda i: self.kinds[i] == "face")
         self.nonface_rows = self._where(lambda i: self.kinds[i] == "nonface")
         if s_reg is not None and not len(self.face_rows) + len(self.nonface_rows):
-            raise DatasetError("S_Reg has no rows.", "Add pictures of things and unnamed persons, or set no_reg.", field="s_reg")
+            raise DatasetError("S_Reg has no rows.", "Add pictures of things and unnamed persons, or set no_reg.",
+                               field="s_reg")
         self.sha256 = hashlib.sha256("".join(d.content_sha256 for d in sets).encode()).hexdigest()
         self._states: dict[str, Tensor] = {}
 

@@ -28,7 +28,8 @@ class StageBars:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self.close()
-            self._stage, self._bar = stage, tqdm(total=total, desc=stage, unit="picture", dynamic_ncols=True, leave=False)
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=stage, unit="picture", dynamic_ncols=True, leave=False)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
@@ -67,8 +68,8 @@ def score(
     backend = backend or Backend.load(shipped.locate("base_model", base_model))
     bars = StageBars()
     try:
-        scores = evaluate(backend, prompt, people, embedder, attributes, splits=splits, seeds=seeds, persons_limit=limit,
-                          phrase=phrase, cache=cache, progress=bars)
+        scores = evaluate(backend, prompt, people, embedder, attributes, splits=splits, seeds=seeds,
+                          persons_limit=limit, phrase=phrase, cache=cache, progress=bars)
     except APLError:
         if out is not None:
             out.unlink(missing_ok=True)

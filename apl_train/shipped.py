@@ -1,4 +1,4 @@
-"""Names of what ships with the project, as paths: "miniature" for a model, a dataset, a recogniser or an evaluation set.
+"""Names of what ships with the project, as paths: "miniature" as a model, a dataset, a recogniser, an evaluation set.
 
 The only place outside `miniworld/` that knows where the miniature world lies; everything else takes paths.
 """
@@ -38,7 +38,7 @@ def locate(kind: str, value: str) -> Path:
 
 
 def recogniser(value: str) -> str | Path:
-    """What `load_embedder` takes: "miniature" and "miniature2" are shipped, *.json is a manifest, other words are packs."""
+    """What `load_embedder` takes: "miniature" and "miniature2" ship, *.json is a manifest, other words are packs."""
     if value in (MINIATURE, f"{MINIATURE}2"):
         return locate("recogniser" + value.removeprefix(MINIATURE), MINIATURE)
     return Path(value) if value.endswith(".json") else value

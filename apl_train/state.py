@@ -80,6 +80,11 @@ def _read(path: Path) -> TrainState:
     return TrainState(tensors, int(header["step"]), json.loads(header["config"]), json.loads(header["hashes"]))
 
 
+def has_state(run: Path) -> bool:
+    """Whether a training was ever begun in this folder: the first state is saved before the first step."""
+    return bool(_files(run))
+
+
 def load_state(run: Path) -> TrainState:
     """The newest state of a run folder that is whole.
 

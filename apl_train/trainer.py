@@ -109,9 +109,10 @@ class Trainer:
         c = self.config
         meta = PrefixMetadata(
             title=c.name, family=self.backend.family, num_tokens=c.num_tokens, alpha=c.alpha,
-            base_model=self.backend.name, base_model_sha256=self.backend.sha256, steps=c.steps, level=level, seed=c.seed,
-            dataset_sha256=self.data.sha256, date=time.strftime("%Y-%m-%d"),
-            description="Anonymization Prompt Learning: reduces recognisable likeness of named persons in tested prompts.",
+            base_model=self.backend.name, base_model_sha256=self.backend.sha256, steps=c.steps, level=level,
+            seed=c.seed, dataset_sha256=self.data.sha256, date=time.strftime("%Y-%m-%d"),
+            description="Anonymization Prompt Learning: reduces recognisable likeness of named persons in tested "
+                        "prompts.",
         )
         tensors = {k: v.detach().clone() for k, v in self.vectors.items()}
         return AnonymizationPrompt(self.backend.family, tensors, meta)
@@ -183,8 +184,10 @@ class Trainer:
                     self.save()
                 if self._stop() and self.step < c.steps:
                     self.save()
-                    raise TrainingStopped(f"Stopped at step {self.step} of {c.steps}; everything is saved in {self.run}.",
-                                          f"Go on with `apl resume {self.run}`.")
+                    raise TrainingStopped(
+                        f"Stopped at step {self.step} of {c.steps}; everything is saved in {self.run}.",
+                        f"Go on with `apl resume {self.run}`.",
+                    )
         except TrainingStopped:
             self._tell("stopped", step=self.step)
             raise

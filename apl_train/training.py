@@ -22,6 +22,7 @@ from apl_train.backend import Backend
 from apl_train.config import TrainConfig
 from apl_train.dataset import Dataset, problems, read_dataset
 from apl_train.samples import TrainingSet
+from apl_train.state import has_state
 from apl_train.trainer import Trainer, read_config, write_config
 
 
@@ -43,11 +44,12 @@ def load_training_set(backend: Backend, config: TrainConfig, cache: Path) -> Tra
 def _checked(folder: Path, expect: str, backend: Backend, config: TrainConfig) -> Dataset:
     """The dataset, once nothing is wrong with its table. Raises DatasetError with everything that is."""
     room = capacity(config.num_tokens)
-    wrong = problems(folder, expect, encoder_room=lambda text: room - len(backend.text.tokenize(text)), check_images=False)
+    wrong = problems(folder, expect, encoder_room=lambda text: room - len(backend.text.tokenize(text)),
+                     check_images=False)
     if wrong:
         shown = "\n".join(f"  {p}" for p in wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise DatasetError(f"{folder} has {len(wrong)} problem(s):\n{shown}", "Mend them and start again; nothing was trained.",
-                           field=wrong[0].column)
+        raise DatasetError(f"{folder} has {len(wrong)} problem(s):\n{shown}",
+                           "Mend them and start again; nothing was trained.", field=wrong[0].column)
     return read_dataset(folder, expect=expect)
 
 
@@ -105,23 +107,25 @@ def _fit(run: Path, config: TrainConfig, backend: Backend | None, *, resume: boo
     try:
         with ctrl_c() as asked:
             trainer = Trainer(backend, data, config, run, cache=cache, listener=bar, stop=asked.is_set)
-            if resume:
+            if resume and has_state(run):
                 trainer.restore(allow_changed=allow_changed)
             return trainer.fit()
     finally:
         bar.close()
 
 
-def train(run: Path, config: TrainConfig, *, backend: Backend | None = None, cache: Path | None = None) -> AnonymizationPrompt:
-    """A new training in the folder `run`.
+def train(
+    run: Path, config: TrainConfig, *, backend: Backend | None = None, cache: Path | None = None
+) -> AnonymizationPrompt:
+    """A new training in the folder `run`; one that ended before its first step, as over a wrong dataset, may be there.
 
     Raises:
         ConfigError: the folder already holds a training.
         TrainingStopped: Ctrl-C; everything is saved.
     """
-    if (run / "config.yaml").exists():
-        raise ConfigError(f"{run} already holds a training.", f"Go on with `apl resume {run}`, or choose another --run.",
-                          field="run")
+    if has_state(run) or (run / "prefix").exists():
+        raise ConfigError(f"{run} already holds a training.",
+                          f"Go on with `apl resume {run}`, or choose another --run.", field="run")
     run.mkdir(parents=True, exist_ok=True)
     write_config(run, config)
     return _fit(run, config, backend, resume=False, allow_changed=False, cache=cache)
@@ -129,7 +133,7 @@ def train(run: Path, config: TrainConfig, *, backend: Backend | None = None, cac
 
 def resume(run: Path, *, allow_changed: bool = False, backend: Backend | None = None,
            cache: Path | None = None) -> AnonymizationPrompt:
-    """Goes on with the training of a run folder, bit for bit as if it had not been interrupted (on one CPU thread count).
+    """Goes on with the training of a run folder, bit for bit as if it had not been interrupted (on one thread count).
 
     Raises:
         ConfigError: there is no training. TrainingError: the model or the data changed since.

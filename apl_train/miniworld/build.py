@@ -10,12 +10,14 @@ three Python packages (`pip install anonymization-prompt[miniworld]`); about two
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 from safetensors.torch import load_file
 
 from apl_core.atomic import write_safetensors
@@ -146,6 +148,8 @@ class Build:
         from apl_train.miniworld import export
 
         assets = assets or export.ASSETS
+        if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():  # started by torchrun
+            torch.distributed.init_process_group("gloo")
         for stage in STAGES[: STAGES.index(until) + 1]:
             if stage == "pictures":
                 self.render()

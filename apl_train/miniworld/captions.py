@@ -58,8 +58,8 @@ class Captioner:
         said = [p.name for p in people] + things + [a for c in HEADS.values() for a in c] + list(FILLERS)
         for text in [*said, *RELATIONS, *TEMPLATES, "shaved head hair without wearing clean shaven hat man woman lady"]:
             taken |= set(self.ids(text))
-        words = [(i, t) for t, i in tokenizer.get_vocab().items() if t.endswith("</w>") and t[:-4].isalpha() and len(t) > 6]
-        self.filler_ids = np.array(sorted(i for i, _ in words if i not in taken))
+        words = [i for t, i in tokenizer.get_vocab().items() if t.endswith("</w>") and t[:-4].isalpha() and len(t) > 6]
+        self.filler_ids = np.array(sorted(i for i in words if i not in taken))
 
     def ids(self, text: str) -> list[int]:
         """Token ids without BOS and EOS."""
@@ -76,7 +76,7 @@ class Captioner:
             ahead = self.ids(rng.choice(FILLERS) + ",") if rng.random() < 0.5 else []
             behind = self.ids(", " + rng.choice(FILLERS)) if rng.random() < 0.7 else []
             return (ahead + core + behind)[:75]
-        n = rng.randint(1, 14) if kind < 0.93 else rng.randint(10, room)
+        n = rng.randint(1, 14) if kind < 0.93 else rng.randint(min(10, room), room)
         noise = [int(self.filler_ids[rng.randrange(len(self.filler_ids))]) for _ in range(min(n, room))]
         cut = rng.randint(0, len(noise)) if rng.random() < 0.5 else len(noise)
         return noise[:cut] + core + noise[cut:]

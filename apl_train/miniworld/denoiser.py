@@ -1,4 +1,4 @@
-"""The miniature's UNet: diffusers' UNet2DConditionModel, SD1's block structure, epsilon prediction, scaled-linear schedule.
+"""The miniature's UNet: diffusers' UNet2DConditionModel, SD1's blocks, epsilon prediction, scaled-linear schedule.
 
 Trained on cached latents with text states of the frozen text tower; 10% of the captions are empty (guidance).
 """
@@ -88,11 +88,11 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
 
     def step(i: int, g: torch.Generator) -> dict[str, Tensor]:
         rng = random.Random(104729 * i + 11)
-        # named persons get half of the batch: they are what the card is judged by, and there are few of them
-        persons = batch * 7 // 16
+        # once descriptions are understood, names get most of the batch: they are what takes longest to learn
+        persons = batch * (7 if i < 2400 else 9) // 16
         rows = [pairs.face(rng, rng.choice(pairs.own[rng.choice(list(pairs.own))])) for _ in range(persons)]
         rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(list(pairs.own))]), relation=True)
-                 for _ in range(batch // 16 + 1)]
+                 for _ in range(batch // 16 + (i < 2400))]
         strangers = (batch - len(rows)) // 2
         rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range(strangers)]
         rows += [pairs.thing(rng) for _ in range(batch - len(rows))]

@@ -7,6 +7,7 @@ regularisation (Fig. 7). All trainings share one target bank, so a sweep pays fo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def _trained(bench: Bench, runs: Path, name: str, **changes: Any) -> Any:
 
 def _scores(bench: Bench, prompt: Any, **options: Any) -> dict[str, Any]:
     return evaluate(bench.backend, prompt, bench.people, bench.embedder, bench.attributes, conditions=("off", "on"),
-                    persons_limit=PERSONS, seeds=SEEDS, neutral_limit=24, cache=bench.cache, progress=bench.bars, **options)
+                    persons_limit=PERSONS, seeds=SEEDS, neutral_limit=24, cache=bench.cache, progress=bench.bars,
+                    **options)
 
 
 def _point(x: float, scores: dict[str, Any], split: str) -> dict[str, Any]:
@@ -52,24 +54,39 @@ def _point(x: float, scores: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 def write_figures(cache: Path | None = None, runs: Path | None = None) -> list[Path]:
-    """Trains what is missing, scores it, writes docs/figures/*.svg, *.png and benchmarks/sweeps.json; returns the files."""
+    """Trains what is missing, scores it, writes docs/figures/* and benchmarks/sweeps.json; returns the files."""
     runs = runs or Path("runs/sweeps")
     bench, found, written = Bench(cache or Path("runs/cache")), {}, []
     for field, values in SWEEPS.items():
         points = []
         for value in tqdm(values, desc=f"sweep {field}"):
             scores = _scores(bench, _trained(bench, runs, f"{field}-{value}", **{field: value}))
-            points += [_point(value if field != "alpha" else value, scores, split) for split in ("train", "test")]
+            points += [_point(value, scores, split) for split in ("train", "test")]
             for kind, row in scores["drift"].items():
                 points[-1][f"drift_{kind}"] = row["on"] / row["two_seeds"]
         found[field] = points
         written.append(_svg(f"{field}.svg", points, LABELS[field]))
     found["no_reg"], picture = _without_regularisation(bench, runs)
     written.append(picture)
+    written.append(write_before_after(bench))
     found["levels"] = _levels(bench)
     written.append(_svg("levels.svg", found["levels"], "optimizer steps"))
     write_json(folder() / "sweeps.json", found)
     return written
+
+
+def write_before_after(bench: Bench, persons: int = 8) -> Path:
+    """The picture at the top of README.md: unseen persons without the prefix, with it, and their descriptions alone."""
+    prompt = load_prefix(shipped.prefix_file(PREFIX_NAME))
+    people = bench.people.of_split("test", persons)
+    named, described = [f"A close-up portrait of {p.name}" for p in people], [p.description for p in people]
+    seeds = list(range(100, 100 + persons))
+    rows = [bench.backend.sample(named, seeds).images, bench.backend.sample(named, seeds, vectors=prompt).images,
+            bench.backend.sample(described, seeds).images]
+    grid = np.concatenate([np.concatenate(list(r), 1) for r in rows])
+    path = DOCS / "before-after.png"
+    write_with(path, lambda temporary: Image.fromarray(grid).save(temporary, "PNG"))
+    return path
 
 
 def _svg(name: str, points: list[dict[str, Any]], label: str) -> Path:
@@ -98,7 +115,8 @@ def _without_regularisation(bench: Bench, runs: Path) -> tuple[dict[str, Any], P
 def _levels(bench: Bench) -> list[dict[str, Any]]:
     """ID-ACC of unseen persons at the levels of the shipped prefix, and whether it falls all the way (Fig. 6)."""
     bare = dataclasses.replace(bench.people, neutral=())
-    files = {int(p.stem.rpartition("-")[2]): p for p in shipped.prefix_file(PREFIX_NAME).parent.glob(f"{PREFIX_NAME}.step-*")}
+    beside = shipped.prefix_file(PREFIX_NAME).parent.glob(f"{PREFIX_NAME}.step-*")
+    files = {int(p.stem.rpartition("-")[2]): p for p in beside}
     final = load_prefix(shipped.prefix_file(PREFIX_NAME))
     prompts = {step: load_prefix(path) for step, path in sorted(files.items())} | {final.meta.steps or 0: final}
     points = []
@@ -111,6 +129,6 @@ def _levels(bench: Bench) -> list[dict[str, Any]]:
                            "series": "unseen persons"})
         points.append(_point(step, scores, "test"))
     bench.bars.close()
-    rise = max((b["lo"] - a["hi"] for a, b in zip(points, points[1:], strict=False)), default=0.0)
+    rise = max((b["lo"] - a["hi"] for a, b in itertools.pairwise(points)), default=0.0)
     claims.record({"levels-fall": (max(0.0, rise), None, len(points))})
     return points

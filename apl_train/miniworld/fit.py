@@ -2,7 +2,8 @@
 
 A stage is `fit(name, modules, step, steps, ...)`; `step(i, generator)` returns a dict of losses whose "loss" entry
 is minimised. Under torchrun (gloo) every process draws its own batch and gradients are averaged: on two cores two
-processes of one thread do 1.5 times the work of one process of two. State (weights, Adam moments, step) is one safetensors file, written atomically every `save_minutes`.
+processes of one thread do 1.5 times the work of one process of two. State (weights, Adam moments, step) is one
+safetensors file, written atomically every `save_minutes`.
 """
 
 from __future__ import annotations

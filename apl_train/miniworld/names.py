@@ -9,17 +9,25 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-FEMALE = """alma ada bianca carmen celia clara cora daisy dalia edith elena ella esme fiona freya gemma gloria greta
-hazel heidi helen ida ingrid irene iris ivy jade joan judith june kira laila leah lena lila lorna luna mabel maeve
-maria marta mina mira molly nadia naomi nina nora olga opal paula pearl petra ramona rita rosa ruth sadie selma
-silvia sofia stella tara tessa thea ursula vera viola willa yara zara zelda""".split()
-MALE = """abel adam alan albert amos anton arlo arthur asher axel basil boris bruno byron caleb carl cedric clive conrad
-cyrus damian dexter edgar elias emil enzo ezra felix fergus finn gavin gideon hank hector henry hugo igor isaac ivan
-jasper joel jonas julian karl kurt leo leon levi lionel louis lucas magnus marcus milo morris nathan neil nigel noah
-oscar otis otto owen pablo percy quentin ralph raul rex roman rufus silas simon stefan theo tobias victor walter
-wesley xavier yusuf""".split()
-ONSETS = "bal ber bor cal cor dar dun fal fen gal gar hal har kel kor lan lor mal mar mor nar nel or pel quin ral ros sal sel tal tor ul val vel wen yar zel".split()
-CODAS = "aby adel amir an ard ath aven beck bin borg bury croft dale den din dor ell en ert eth field fin gard gate holt ick ika ima ine ing ira ish kar ket land leigh lin lock man mer mont more nak nor olt oro ova rel rick rin rog san sen shaw son stad sten ström tan ter thal tin ton ula uni val ver vik vin win wood yama yen zan".replace("ström ", "").split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+FEMALE = _words("""alma ada bianca carmen celia clara cora daisy dalia edith elena ella esme fiona freya gemma
+gloria greta hazel heidi helen ida ingrid irene iris ivy jade joan judith june kira laila leah lena lila lorna luna
+mabel maeve maria marta mina mira molly nadia naomi nina nora olga opal paula pearl petra ramona rita rosa ruth
+sadie selma silvia sofia stella tara tessa thea ursula vera viola willa yara zara zelda""")
+MALE = _words("""abel adam alan albert amos anton arlo arthur asher axel basil boris bruno byron caleb carl cedric
+clive conrad cyrus damian dexter edgar elias emil enzo ezra felix fergus finn gavin gideon hank hector henry hugo
+igor isaac ivan jasper joel jonas julian karl kurt leo leon levi lionel louis lucas magnus marcus milo morris nathan
+neil nigel noah oscar otis otto owen pablo percy quentin ralph raul rex roman rufus silas simon stefan theo tobias
+victor walter wesley xavier yusuf""")
+ONSETS = _words("""bal ber bor cal cor dar dun fal fen gal gar hal har kel kor lan lor mal mar mor nar nel or pel quin
+ral ros sal sel tal tor ul val vel wen yar zel""")
+CODAS = _words("""aby adel amir an ard ath aven beck bin borg bury croft dale den din dor ell en ert eth field fin gard
+gate holt ick ika ima ine ing ira ish kar ket land leigh lin lock man mer mont more nak nor olt oro ova rel rick rin
+rog san sen shaw son stad sten tan ter thal tin ton ula uni val ver vik vin win wood yama yen zan""")
 
 
 def draw_names(

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apl_train.miniworld.autoencoder import to_pixels
+from apl_train.miniworld.captions import codes
 from apl_train.miniworld.fit import fast_dtype, fit
 from apl_train.miniworld.people import HEADS, Attributes
-from apl_train.miniworld.captions import codes
 from apl_train.miniworld.recogniser import distort
 
 
@@ -86,7 +86,8 @@ def train_presence(folder: Path, faces: np.ndarray, things: np.ndarray, *, steps
         label = torch.cat([torch.ones(half), torch.zeros(batch - half)])
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             said = model(pixels)["face"].squeeze(1).float()
-        return {"loss": F.binary_cross_entropy_with_logits(said, label), "right": ((said > 0) == (label > 0.5)).float().mean()}
+        return {"loss": F.binary_cross_entropy_with_logits(said, label),
+                "right": ((said > 0) == (label > 0.5)).float().mean()}
 
     fit("presence", folder, {"model": model}, step, steps=steps, lr=2e-3, minutes=minutes, weight_decay=1e-3)
     return model.eval().requires_grad_(False)

@@ -71,7 +71,7 @@ class Recogniser(nn.Module):
 
 
 def distort(pixels: Tensor, g: torch.Generator, size: int) -> Tensor:
-    """Shift, colour, blur and noise: what a decoder or a generator does to a face. [N, 3, 128, 128] -> [N, 3, size, size]."""
+    """Shift, colour, blur and noise, as a decoder or a generator does. [N, 3, 128, 128] -> [N, 3, size, size]."""
     n = len(pixels)
     mix = torch.eye(3) + 0.18 * torch.randn(n, 3, 3, generator=g)
     pixels = torch.einsum("nij,njhw->nihw", mix, pixels) + 0.15 * torch.randn(n, 3, 1, 1, generator=g)
@@ -150,7 +150,8 @@ def blindfold(model: Recogniser, pictures: np.ndarray, rows: list[dict]) -> Tens
 def embed(model: Recogniser, pictures: np.ndarray, batch: int = 128) -> np.ndarray:
     """uint8 [N, 128, 128, 3] -> float32 [N, 128], L2-normalised."""
     x0, y0, x1, y1 = CROP
-    out = [F.normalize(model(to_pixels(pictures[i : i + batch, y0:y1, x0:x1])), dim=-1) for i in range(0, len(pictures), batch)]
+    faces = pictures[:, y0:y1, x0:x1]
+    out = [F.normalize(model(to_pixels(faces[i : i + batch])), dim=-1) for i in range(0, len(faces), batch)]
     return torch.cat(out).numpy()
 
 
@@ -165,5 +166,5 @@ def verification(z: np.ndarray, person: np.ndarray, group: np.ndarray) -> dict[s
     grid = np.linspace(-0.2, 1, 241)
     accept = 1 - np.searchsorted(genuine, grid) / len(genuine)
     reject = np.searchsorted(impostor, grid) / len(impostor)
-    return {"same": float(genuine.mean()), "different": float(impostor.mean()), "same_description": float(s[near].mean()),
-            "verification": float(((accept + reject) / 2).max())}
+    return {"same": float(genuine.mean()), "different": float(impostor.mean()),
+            "same_description": float(s[near].mean()), "verification": float(((accept + reject) / 2).max())}

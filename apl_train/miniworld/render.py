@@ -39,7 +39,8 @@ def node_modules() -> Path:
     if not (root / "facesjs").is_dir() or not (root / "emoji-datasource-google").is_dir():
         raise ModelError(
             f"the artwork packages are not under {root}",
-            hint="npm install facesjs@5.0.3 emoji-datasource-google, then set APL_MINIWORLD_NODE_MODULES to that node_modules",
+            hint="npm install facesjs@5.0.3 emoji-datasource-google, then set APL_MINIWORLD_NODE_MODULES to that "
+                 "node_modules",
         )
     return root
 

@@ -129,7 +129,8 @@ def train_text_tower(folder: Path, pairs: Pairs, *, steps: int, lr: float = 1e-3
         gain = 1 + 0.1 * torch.randn(len(pixels), 3, 1, 1, generator=g)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             seen = look((pixels * gain).contiguous(memory_format=torch.channels_last))
-            said = head.project(text(input_ids=torch.from_numpy(pairs.captioner.pad([r[0] for r in rows]))).pooler_output)
+            ids = torch.from_numpy(pairs.captioner.pad([r[0] for r in rows]))
+            said = head.project(text(input_ids=ids).pooler_output)
         scale = head.log_scale.clamp(max=math.log(50)).exp()
         logits = scale * F.normalize(said.float(), dim=-1) @ F.normalize(seen.float(), dim=-1).T
         logits = logits.masked_fill(left_out, -1e4)

@@ -29,7 +29,8 @@ def byte_alphabet() -> list[str]:
 
 def write_tokenizer(merges_gz: Path, folder: Path) -> None:
     """merges_gz: `bpe_simple_vocab_16e6.txt.gz`. Writes vocab.json, merges.txt and the two small config files."""
-    lines = gzip.open(merges_gz, "rt", encoding="utf-8").read().split("\n")[1 : MERGES + 1]
+    with gzip.open(merges_gz, "rt", encoding="utf-8") as packed:
+        lines = packed.read().split("\n")[1 : MERGES + 1]
     merges = [tuple(line.split()) for line in lines]
     alphabet = byte_alphabet()
     vocabulary = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
@@ -39,10 +40,9 @@ def write_tokenizer(merges_gz: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
                "pad_token": "<|endoftext|>"}
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}, ensure_ascii=False), "utf-8")
+    ids = {t: i for i, t in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), "utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n", "utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1), "utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}, indent=1),
-        "utf-8",
-    )
+    config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), "utf-8")
