@@ -86,7 +86,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON atomically; NaN and infinity are refused, JSON has neither. Raises `StorageError`."""
+    """Write `value` as indented JSON atomically; NaN and infinity are refused: JSON has none. Raises StorageError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

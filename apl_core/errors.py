@@ -1,6 +1,7 @@
 """The one tree of errors that users see. Every error says what is wrong and, in `hint`, the way out.
 
-Hosts show both lines (a ComfyUI dialog, a red line in the WebUI); the command line prints them and exits with `exit_code`.
+Hosts show both lines (a ComfyUI dialog, a red line in the WebUI); the command line prints them and exits with
+`exit_code`.
 """
 
 from __future__ import annotations

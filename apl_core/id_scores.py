@@ -1,4 +1,4 @@
-"""Identity scores from similarities: ID-ACC mean and max, face rate, joint success, floors and intervals (APL sec. 4.2).
+"""Identity scores from similarities: ID-ACC mean and max, face rate, joint success, floors, intervals (APL sec. 4.2).
 
 Pure numpy. The one rule behind everything here: a picture without a face has no similarity. It is never counted as 0,
 or a prefix that merely destroys faces would look like perfect anonymization; it lowers `face_rate` instead.
@@ -110,7 +110,7 @@ def cosine(embeddings: NDArray, reference: NDArray) -> NDArray[np.float64]:
 
 
 def leave_one_out(embeddings: NDArray) -> NDArray[np.float64]:
-    """Similarity of each picture to the mean of the others: the ceiling real pictures reach. float [n, d] -> float64 [n].
+    """Similarity of each picture to the mean of the others, real pictures' ceiling. float [n, d] -> float64 [n].
 
     With two pictures the "mean" is the other picture. Raises `ScoreError` below two.
     """
@@ -165,7 +165,8 @@ def face_rate(persons: Sequence[PersonScores]) -> float:
 def joint_success(persons: Sequence[PersonScores], threshold: float) -> float:
     """Share of all pictures that have a face AND whose similarity is below `threshold`.
 
-    Neither half counts alone: no face is a spoilt picture, a similarity at or above the threshold is a recognised person.
+    Neither half counts alone: no face is a spoilt picture, a similarity at or above the threshold is a recognised
+    person.
     """
     face_rate(persons)  # the same refusals
     good = sum(int((p.similarities < threshold).sum()) for p in persons)
@@ -212,7 +213,7 @@ def impostor_floor(references: NDArray, others: Sequence[NDArray]) -> float:
 
 
 def cross_similarities(references: NDArray, faces: Sequence[NDArray]) -> NDArray[np.float64]:
-    """Similarities of everyone's faces to everyone ELSE's reference: float [n, d] and n x float [k_i, d] -> float64 [.]."""
+    """Similarities of all faces to everyone ELSE's reference. float [n, d], n x float [k_i, d] -> float64 [.]."""
     parts = [cosine(f, r) for i, r in enumerate(references) for j, f in enumerate(faces) if i != j and len(f)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float64)
 

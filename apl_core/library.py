@@ -19,7 +19,9 @@ _DEVICES = frozenset(
     + [f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"]
 )
 # Characters that look like, or on some systems become, a separator, a drive colon or a dot of "..".
-_LOOKALIKES = frozenset("\u2044\u2215\u29f8\u29f9\u2216\ufe68\uff0f\uff3c\ufe55\uff1a\u2024\u2025\u2026\ufe52\uff0e\u3002")
+_LOOKALIKES = frozenset(
+    "\u2044\u2215\u29f8\u29f9\u2216\ufe68\uff0f\uff3c\ufe55\uff1a\u2024\u2025\u2026\ufe52\uff0e\u3002"
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def resolve_within(folder: str | Path, name: str) -> Path:
 
 
 def shipped_folder() -> Path:
-    """The folder of the prefixes that come with this project: packaged in the wheel, or `embeddings/` of the repository.
+    """The folder of the prefixes that come with this project: packaged in the wheel, or the repository's `embeddings/`.
 
     It may be missing in a partial copy; a library then simply has nothing from it.
     """

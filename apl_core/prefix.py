@@ -242,7 +242,9 @@ def parse_tensors(data: bytes, name: str) -> dict[str, torch.Tensor]:
     try:
         return load_safetensors(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise PrefixFileError(f"{name} is not a sound safetensors file: {error}.", _GET_AGAIN, field="tensors") from error
+        raise PrefixFileError(
+            f"{name} is not a sound safetensors file: {error}.", _GET_AGAIN, field="tensors"
+        ) from error
 
 
 def load_prefix(path: str | Path, *, enforce: bool = False) -> AnonymizationPrompt:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +149,8 @@ def record_demo(scores: Mapping[str, Any], seconds: Mapping[str, float]) -> None
         "demo-train-minutes": (seconds["train"] / 60, None, 1),
         "demo-memory": (_peak_gb(), None, 1),
     }
+    if "APL_BEGAN" in os.environ:
+        found["demo-minutes"] = ((time.time() - float(os.environ["APL_BEGAN"])) / 60, None, 1)
     shipped = next(r for r in read() if r["id"] == "on-test")["measured"]
     rows = scores["persons"]["test"]
     if shipped is not None:

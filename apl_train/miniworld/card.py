@@ -148,7 +148,8 @@ def _write_into_file(prefix: str, scores: Mapping[str, Any]) -> None:
     rows, settings = scores["persons"]["test"], scores["settings"]
     kept = {"set": "miniature S_test", "persons": rows["on"]["n_persons"], "seeds": settings["seeds"],
             "recogniser": settings["recogniser"],
-            **{c: {"mean": round(rows[c]["id_acc_mean"], 4), "max": round(rows[c]["id_acc_max"], 4)} for c in ("off", "on")}}
+            **{c: {"mean": round(rows[c]["id_acc_mean"], 4), "max": round(rows[c]["id_acc_max"], 4)}
+               for c in ("off", "on")}}
     save_prefix(AnonymizationPrompt(prompt.family, prompt.tensors, prompt.meta.with_fields(scores=kept)), path)
 
 

@@ -1,6 +1,7 @@
 """The miniature's UNet: diffusers' UNet2DConditionModel, SD1's blocks, epsilon prediction, scaled-linear schedule.
 
-Trained on cached latents with text states of the frozen text tower; 10% of the captions are empty (guidance).
+Trained on cached latents together with the text tower, which starts from its contrastive weights; 10% of the captions
+are empty (guidance).
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
                lr: float = 1e-3, minutes: float | None = None):
     """faces, things: scaled latents [N, 4, 16, 16] in the order of `pairs`. Returns the averaged UNet, frozen."""
     torch.manual_seed(3)
+    # the contrastive states hold mostly what a picture's description says; who it is must be learned here
+    text.requires_grad_(True)
     unet = new_unet().to(memory_format=torch.channels_last)
     dtype, bar = fast_dtype(), alphas_bar()
     empty = np.full((1, 77), 49407)
@@ -106,10 +109,10 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
         a = bar[t][:, None, None, None]
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            with torch.no_grad():
-                states = text(input_ids=torch.from_numpy(ids)).last_hidden_state
+            states = text(input_ids=torch.from_numpy(ids)).last_hidden_state
             eps = unet(x_t, t, encoder_hidden_states=states).sample.float()
         return {"loss": F.mse_loss(eps, noise)}
 
-    fit("unet", folder, {"unet": unet}, step, steps=steps, lr=lr, ema=0.999, minutes=minutes)
+    fit("unet", folder, {"unet": unet, "text": text}, step, steps=steps, lr=lr, ema=0.999, minutes=minutes)
+    text.eval().requires_grad_(False)
     return unet.eval().requires_grad_(False)

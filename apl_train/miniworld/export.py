@@ -48,11 +48,11 @@ def write_checkpoint(build: Build, assets: Path) -> None:
     from apl_train.single_file import ldm_config, to_ldm
 
     folder = assets / "model"
-    text = build.text[0]
+    unet, text = build.unet, build.text[0]  # in this order: the UNet's training has the last word on the text tower
     build.vae.register_to_config(scaling_factor=0.18215)
-    tensors = {k: v.half() if v.is_floating_point() else v for k, v in to_ldm(build.unet, build.vae, text).items()}
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in to_ldm(unet, build.vae, text).items()}
     write_safetensors(folder / "miniature-sd1.safetensors", tensors, {"format": "pt"})
-    config = ldm_config(build.unet, build.vae, text)
+    config = ldm_config(unet, build.vae, text)
     write_text(folder / "miniature-sd1.yaml", yaml.safe_dump(config, sort_keys=False))
     build.tokenizer.save_pretrained(folder / "tokenizer")
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -87,7 +88,8 @@ def fit(
     first = 0
     if path.exists():
         _restore(path, everything, optimizer)
-        first = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"]
+        with safe_open(path, "pt") as state:  # not from the log, which a crash may leave one save behind
+            first = int(state.metadata()["step"])
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     began = saved = time.monotonic()
     sums: dict[str, float] = {}

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from apl_core import atomic
 from apl_core.errors import StorageError
-from safetensors.torch import load_file
 
 
 def files(folder: Path) -> list[str]:

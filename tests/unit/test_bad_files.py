@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
+
 from apl_core.errors import APLError, LibraryError, PrefixFileError
 from apl_core.library import PrefixLibrary
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, to_bytes
-from safetensors.torch import save
 
 SD1 = {"modelspec.architecture": "stable-diffusion-v1/textual-inversion"}
 SDXL = {"modelspec.architecture": "stable-diffusion-xl-v1-base/textual-inversion"}
@@ -148,7 +149,9 @@ def test_missing_and_folder_and_nul(tmp_path: Path) -> None:
         assert message in caught.value.message and hint in caught.value.hint and caught.value.field == "path"
 
 
-@pytest.mark.parametrize("name", ["../good", "..\\good", "/etc/passwd", "a/../good", "good\0", "~/good", "\uff0fgood", "nul"])
+@pytest.mark.parametrize(
+    "name", ["../good", "..\\good", "/etc/passwd", "a/../good", "good\0", "~/good", "\uff0fgood", "nul"]
+)
 def test_path_tricks_in_names(tmp_path: Path, name: str) -> None:
     (tmp_path / "good.safetensors").write_bytes(good())
     (tmp_path / "in").mkdir()

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from apl_core.convert import export, read_foreign
 from apl_core.errors import PrefixFileError
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from safetensors.torch import load_file, save_file
 
 VECTORS = torch.randn(10, 768, generator=torch.Generator().manual_seed(1))
 
@@ -189,7 +190,8 @@ SD1, SDXL = {"emb_params": 768}, {"clip_l": 768, "clip_g": 1280}
         ("sd1", SD1, "a1111", ["emb_params"]), ("sd1", SD1, "kohya", ["emb_params"]),
         ("sd1", SD1, "diffusers", ["<my-prefix>"]), ("sd1", {"emb_params": 96}, "a1111", ["emb_params"]),
         ("sd1", {"emb_params": 96}, "diffusers", ["<my-prefix>"]), ("sdxl", SDXL, "a1111", ["clip_g", "clip_l"]),
-        ("sdxl", SDXL, "diffusers", ["clip_g", "clip_l"]), ("flux", {"clip_l": 768, "t5xxl": 4096}, "forge-flux", ["clip_l"]),
+        ("sdxl", SDXL, "diffusers", ["clip_g", "clip_l"]),
+        ("flux", {"clip_l": 768, "t5xxl": 4096}, "forge-flux", ["clip_l"]),
     ],
 )
 def test_exports(tmp_path: Path, family: str, widths: dict[str, int], to: str, keys: list[str]) -> None:

@@ -67,6 +67,26 @@ def test_records_and_pictures(folder: Path, zipped: bool) -> None:
     assert problems(folder, "id") == []
 
 
+def test_content_is_hashed_with_every_pictures_bytes(folder: Path) -> None:
+    def found() -> str:
+        return read_dataset(folder, expect="id").content_sha256
+
+    names, whole = ("a.png", "sub/b.webp"), hashlib.sha256()
+    whole.update(hashlib.sha256((folder / "metadata.csv").read_bytes()).hexdigest().encode())
+    for name in names:
+        whole.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    first = found()
+    assert first == whole.hexdigest()
+    put(folder / "sub" / "b.webp", picture(9))
+    changed = found()
+    assert changed != first
+    put(folder / "c.png", picture(3))  # no row lists it
+    pack(folder)
+    assert found() == changed  # where the bytes lie does not matter
+    table(folder, ID_ROWS[::-1])
+    assert found() not in (first, changed)
+
+
 def test_loose_pictures_may_stand_beside_an_archive(folder: Path) -> None:
     pack(folder)
     put(folder / "c.png", picture(2))

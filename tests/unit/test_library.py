@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from apl_core import library
 from apl_core.errors import LibraryError, PrefixFileError
 from apl_core.library import PrefixLibrary, resolve_within, safe_name, shipped_folder
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 
 def put(path: Path, value: float = 1.0, m: int = 4, title: str = "t") -> None:
-    save_prefix(AnonymizationPrompt("sd1", {"emb_params": torch.full((m, 96), value)}, PrefixMetadata(title=title)), path)
+    vectors = {"emb_params": torch.full((m, 96), value)}
+    save_prefix(AnonymizationPrompt("sd1", vectors, PrefixMetadata(title=title)), path)
 
 
 @pytest.fixture
@@ -34,9 +36,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 BAD_NAMES = {
-    "": "empty", "a" * 121: "longer", "漢" * 100: "longer", "a/b": "separator", "a\\b": "separator", "/etc": "separator",
-    "..": "'..'", "a..b": "'..'", ".hidden": "begins with a dot", " a": "begins", "a.": "ends", "a ": "ends",
-    "a\0b": "control", "a\nb": "control", "a\u202eb": "invisible", "CON": "device", "con.safetensors": "device",
+    "": "empty", "a" * 121: "longer", "漢" * 100: "longer", "a/b": "separator", "a\\b": "separator",
+    "/etc": "separator", "..": "'..'", "a..b": "'..'", ".hidden": "begins with a dot", " a": "begins", "a.": "ends",
+    "a ": "ends", "a\0b": "control",
+    "a\nb": "control", "a\u202eb": "invisible", "CON": "device", "con.safetensors": "device",
     "Lpt1": "device", "nul .x": "device", "COM¹": "device", "a\u2215b": "separator", "a\uff0fb": "separator",
     "a\u2044b": "separator", "a\uff3cb": "separator", "\u2024\u2024": "separator", "e\u0301": "NFC", "a:b": "Windows",
     "a?": "Windows", "a|b": "Windows", "C:x": "Windows", "\ud800": "control",
@@ -50,7 +53,9 @@ def test_bad_names_are_refused_with_a_reason(name: str, reason: str) -> None:
     assert reason in caught.value.message and "Use letters" in caught.value.hint and caught.value.field == "name"
 
 
-@pytest.mark.parametrize("name", ["apl-mini", "a", "v1.5_x", "apl-mini.step-00200", "名前", "é", "a b", "a" * 120, "console"])
+@pytest.mark.parametrize(
+    "name", ["apl-mini", "a", "v1.5_x", "apl-mini.step-00200", "名前", "é", "a b", "a" * 120, "console"]
+)
 def test_good_names_pass_unchanged(name: str) -> None:
     assert safe_name(name) == name
 

@@ -145,6 +145,26 @@ def test_names_in_the_zip_that_lead_elsewhere_are_no_references(tmp_path: Path) 
         read_evaluation_set(folder)
 
 
+def test_references_are_read_as_dataset_pictures_are(tmp_path: Path) -> None:
+    """Upright, transparency on white, and never from outside the folder."""
+    folder = make(tmp_path / "set", zipped=False)
+    ada = folder / "references" / "Ada Quill"
+    turned, exif = np.arange(30, dtype=np.uint8).reshape(2, 5, 3), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise for looking at
+    Image.fromarray(turned).save(ada / "0.webp", lossless=True, exif=exif)
+    Image.new("RGBA", (5, 6), (9, 9, 9, 0)).save(ada / "1.webp", lossless=True)
+    Image.fromarray(picture(7)).save(ada / "2.bmp")
+    found = read_evaluation_set(folder)
+    images = found.references(found.persons[0])
+    assert np.array_equal(images[0], np.rot90(turned, -1))
+    assert (images[1] == 255).all() and np.array_equal(images[2], picture(7))
+    (tmp_path / "outside.webp").write_bytes(encoded(1))
+    (ada / "3.webp").symlink_to(tmp_path / "outside.webp")
+    with pytest.raises(DatasetError, match="leads out of the folder") as caught:
+        read_evaluation_set(folder)
+    assert caught.value.field == "Ada Quill/3.webp"
+
+
 def test_not_utf8_is_said(tmp_path: Path) -> None:
     folder = make(tmp_path)
     (folder / "people.csv").write_bytes(PEOPLE.replace("Ada", "Adá").encode("latin-1"))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from apl_core.errors import PlacementError
-from apl_core.placement import Chunk, capacity, count_label, negative_needs_prefix, plan
 from hypothesis import given
 from hypothesis import strategies as st
+
+from apl_core.errors import PlacementError
+from apl_core.placement import Chunk, capacity, count_label, negative_needs_prefix, plan
 
 BOS, EOS = 49406, 49407
 
@@ -102,15 +103,16 @@ def test_breaks_at_the_ends_open_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (dict(tokens=[1], num_prefix=75), "num_prefix"), (dict(tokens=[1], num_prefix=-1), "num_prefix"),
-        (dict(tokens=[1], num_prefix=True), "num_prefix"), (dict(tokens=[1], num_prefix=1.0), "num_prefix"),
-        (dict(tokens=["a"], num_prefix=1), "tokens"), (dict(tokens=[1.5], num_prefix=1), "tokens"),
-        (dict(tokens=[-3], num_prefix=1), "tokens"), (dict(tokens=[True], num_prefix=1), "tokens"),
-        (dict(tokens=[(1, math.nan)], num_prefix=1), "tokens"),
-        (dict(tokens=[(1, math.inf)], num_prefix=1), "tokens"), (dict(tokens=[(1, "x")], num_prefix=1), "tokens"),
-        (dict(tokens=[1], num_prefix=1, breaks=(2,)), "breaks"), (dict(tokens=[1], num_prefix=1, breaks=(-1,)), "breaks"),
-        (dict(tokens=[1], num_prefix=1, position="middle"), "position"),
-        (dict(tokens=[1], num_prefix=1, overflow="drop"), "overflow"),
+        ({"tokens": [1], "num_prefix": 75}, "num_prefix"), ({"tokens": [1], "num_prefix": -1}, "num_prefix"),
+        ({"tokens": [1], "num_prefix": True}, "num_prefix"), ({"tokens": [1], "num_prefix": 1.0}, "num_prefix"),
+        ({"tokens": ["a"], "num_prefix": 1}, "tokens"), ({"tokens": [1.5], "num_prefix": 1}, "tokens"),
+        ({"tokens": [-3], "num_prefix": 1}, "tokens"), ({"tokens": [True], "num_prefix": 1}, "tokens"),
+        ({"tokens": [(1, math.nan)], "num_prefix": 1}, "tokens"),
+        ({"tokens": [(1, math.inf)], "num_prefix": 1}, "tokens"), ({"tokens": [(1, "x")], "num_prefix": 1}, "tokens"),
+        ({"tokens": [1], "num_prefix": 1, "breaks": (2,)}, "breaks"),
+        ({"tokens": [1], "num_prefix": 1, "breaks": (-1,)}, "breaks"),
+        ({"tokens": [1], "num_prefix": 1, "position": "middle"}, "position"),
+        ({"tokens": [1], "num_prefix": 1, "overflow": "drop"}, "overflow"),
     ],
 )
 def test_refusals_name_the_field_and_the_way_out(arguments: dict, field: str) -> None:

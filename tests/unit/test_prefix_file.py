@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from apl_core.errors import APLError, ModelError, PrefixFileError
 from apl_core.families import FAMILIES, family_named, family_of_tensors
 from apl_core.metadata import PrefixMetadata, content_hash, parse_header
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 
 def made(family: str = "sd1", m: int = 10, **fields) -> AnonymizationPrompt:
@@ -26,11 +27,12 @@ def made(family: str = "sd1", m: int = 10, **fields) -> AnonymizationPrompt:
     return AnonymizationPrompt(family, tensors, PrefixMetadata(title=f"apl {family}", **fields))
 
 
-FULL = dict(
-    alpha=0.8, base_model="mini", base_model_sha256="ab" * 32, steps=1000, level=200, seed=-4, dataset_sha256="c" * 64,
-    transferred_from="0x12 linear", scores={"ism": {"mean": 0.25, "n": 12}}, placement="both", author="A",
-    description="Ünïcode 描述", license="MIT", date="2025-01-01", extra={"note": "kept"},
-)
+FULL = {
+    "alpha": 0.8, "base_model": "mini", "base_model_sha256": "ab" * 32, "steps": 1000, "level": 200, "seed": -4,
+    "dataset_sha256": "c" * 64, "transferred_from": "0x12 linear",
+    "scores": {"ism": {"mean": 0.25, "n": 12}}, "placement": "both",
+    "author": "A", "description": "Ünïcode 描述", "license": "MIT", "date": "2025-01-01", "extra": {"note": "kept"},
+}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -120,7 +122,8 @@ def test_sd3_is_never_taken_for_sdxl(tmp_path: Path) -> None:
     save_prefix(made("sd3"), tmp_path / "a.safetensors")
     assert load_prefix(tmp_path / "a.safetensors").family == "sd3"
     lone = {"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}
-    save_file(lone, tmp_path / "b.safetensors", {"modelspec.architecture": "stable-diffusion-v3-medium/textual-inversion"})
+    header = {"modelspec.architecture": "stable-diffusion-v3-medium/textual-inversion"}
+    save_file(lone, tmp_path / "b.safetensors", header)
     with pytest.raises(PrefixFileError, match="Stable Diffusion 3"):
         load_prefix(tmp_path / "b.safetensors")
 
@@ -152,9 +155,10 @@ def test_only_safetensors_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("apl.num_tokens", "ten"), ("apl.num_tokens", "0"), ("apl.alpha", "nan"), ("apl.alpha", "x"), ("apl.steps", "-1"),
-        ("apl.level", "1.5"), ("apl.seed", "0x1"), ("apl.scores", "[1]"), ("apl.scores", "{"), ("apl.widths", '{"a": true}'),
-        ("apl.widths", '{"a": "7"}'), ("apl.placement", "middle"), ("apl.format_version", "2"), ("apl.steps", "9" * 30),
+        ("apl.num_tokens", "ten"), ("apl.num_tokens", "0"), ("apl.alpha", "nan"), ("apl.alpha", "x"),
+        ("apl.steps", "-1"), ("apl.level", "1.5"), ("apl.seed", "0x1"), ("apl.scores", "[1]"), ("apl.scores", "{"),
+        ("apl.widths", '{"a": true}'), ("apl.widths", '{"a": "7"}'), ("apl.placement", "middle"),
+        ("apl.format_version", "2"), ("apl.steps", "9" * 30),
     ],
 )
 def test_metadata_errors_name_the_key(key: str, text: str) -> None:

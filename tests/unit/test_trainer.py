@@ -52,7 +52,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backend, TrainingSe
     backend = Backend(read_parts(root / "tiny.safetensors"))
     s_id = write_set(root / "id", [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id"),
                                    ("ef", "ef", "a boy", "id")])
-    s_reg = write_set(root / "reg", [("", "a tree", "", "nonface"), ("", "a man", "", "face"), ("", "a car", "", "nonface")])
+    s_reg = write_set(root / "reg", [("", "a tree", "", "nonface"), ("", "a man", "", "face"),
+                                     ("", "a car", "", "nonface")])
     data = TrainingSet(backend, read_dataset(s_id, expect="id"), read_dataset(s_reg, expect="reg"), root / "cache")
     return backend, data
 

@@ -70,7 +70,8 @@ def test_single_file_is_the_model_that_diffusers_builds_from_it(backend) -> None
 
     tensors = load_file(shipped.locate("base_model", "miniature"))
     own = type(backend.unet)(**{k: v for k, v in backend.unet.config.items() if not k.startswith("_")})
-    own.load_state_dict({k: v.float() for k, v in convert.convert_ldm_unet_checkpoint(tensors, dict(own.config)).items()})
+    converted = convert.convert_ldm_unet_checkpoint(tensors, dict(own.config))
+    own.load_state_dict({k: v.float() for k, v in converted.items()})
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 900])
     with torch.no_grad():

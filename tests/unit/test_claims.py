@@ -1,0 +1,147 @@
+"""Claims: a figure is held against its bound, written beside the others, and measured by a command that exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from apl_core.errors import ConfigError, ScoreError
+from apl_train import claims, cli
+
+ROOT = Path(claims.__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(("bound", "measured", "expected"), [
+    ("<= 0.2", 0.2, True), ("<= 0.2", 0.2001, False), ("<= 0.0", -0.1, True), (">= 0.60", 0.6, True),
+    (">= 0.60", 0.5999, False), (">= 20", 20, True), (">= 20", 19, False), ("<= 0.2", None, None),
+])
+def test_holds(bound: str, measured: float | None, expected: bool | None) -> None:
+    assert claims.holds(bound, measured) is expected
+
+
+def test_every_bound_can_be_read() -> None:
+    for key, target in claims.TARGETS.items():
+        sign, value = target.bound.split(" ")
+        assert sign in ("<=", ">="), key
+        assert claims.holds(target.bound, float(value)) is True, key
+        assert claims.holds(target.bound, float(value) + (1 if sign == "<=" else -1)) is False, key
+
+
+def test_record_keeps_other_rows_and_the_order(tmp_path: Path) -> None:
+    file = tmp_path / "claims.json"
+    claims.record({"filler": (0.95, [0.9, 1.0], 32)}, file)
+    claims.record({"base-id-acc": (0.5, None, 32), "on-test": (0.123456789, [0.1, 0.15], 32)}, file)
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["id"] for row in rows] == list(claims.TARGETS)
+    known = {row["id"]: row for row in rows}
+    assert known["filler"] == {
+        "id": "filler", "issue": "main", "claim": claims.TARGETS["filler"].claim, "bound": ">= 0.90", "measured": 0.95,
+        "ci95": [0.9, 1.0], "n": 32, "command": "apl miniworld card", "holds": True,
+    }
+    assert known["base-id-acc"]["holds"] is False and known["base-id-acc"]["ci95"] is None
+    assert known["on-test"]["measured"] == 0.12346 and known["on-test"]["holds"] is True
+    assert known["verification"]["holds"] is None and known["verification"]["measured"] is None
+    claims.record({"filler": (None, None, None)}, file)
+    assert claims.read(file)[list(claims.TARGETS).index("filler")]["holds"] is None
+
+
+def test_rows_are_as_the_targets_say_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words and bounds come from the code; a row of a target that is gone is dropped."""
+    file = tmp_path / "claims.json"
+    claims.record({"filler": (0.95, None, 1)}, file)
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps([*({**r, "claim": "old words"} for r in rows), {"id": "gone"}]), encoding="utf-8")
+    found = {row["id"]: row for row in claims.read(file)}
+    assert "gone" not in found and found["filler"]["claim"] != "old words" and found["filler"]["measured"] == 0.95
+    monkeypatch.setitem(claims.TARGETS, "filler", dataclasses.replace(claims.TARGETS["filler"], bound=">= 0.99"))
+    claims.record({"filler": (0.95, None, 1)}, file)
+    assert {row["id"]: row["holds"] for row in claims.read(file)}["filler"] is False
+
+
+def test_nothing_is_written_for_an_unknown_id_or_a_figure_that_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "claims.json"
+    claims.record({"filler": (0.95, None, 1)}, file)
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match="claim is 'nope'") as caught:
+        claims.record({"on-test": (0.1, None, 1), "nope": (1.0, None, 1)}, file)
+    assert "base-id-acc" in caught.value.hint
+    for figure in ((float("nan"), None, 1), (float("inf"), None, 1), (0.1, [0.0, float("nan")], 1)):
+        with pytest.raises(ScoreError, match="on-test was measured as"):
+            claims.record({"filler": (0.5, None, 1), "on-test": figure}, file)
+    assert file.read_bytes() == before
+
+
+def test_table(tmp_path: Path) -> None:
+    file = tmp_path / "claims.json"
+    claims.record({"filler": (0.95, [0.9, 1.0], 32), "on-test": (0.5, None, None)}, file)
+    lines = claims.table(claims.read(file)).splitlines()
+    assert len(lines) == len(claims.TARGETS) + 2
+    (filler,) = [line for line in lines if "(filler)" in line]
+    assert all(word in filler for word in (">= 0.90", "0.950", "[0.900, 1.000]", " 32 ", "holds"))
+    (short,) = [line for line in lines if "(on-test)" in line]
+    assert "0.500" in short and "SHORT" in short
+    assert lines[-1] == f"1 holds, 1 SHORT, {len(claims.TARGETS) - 2} not run"
+
+
+@pytest.mark.parametrize("key", claims.TARGETS)
+def test_every_command_exists(key: str) -> None:
+    words = shlex.split(claims.TARGETS[key].command)
+    if words[0] == "apl":
+        assert cli._parsers({})[0].parse_args(words[1:])["command"] == words[1]
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert (ROOT / words[3]).is_file()
+    else:
+        assert words[0] == "python" and (ROOT / words[1]).is_file()
+        spec = importlib.util.spec_from_file_location("apl_install_under_test", ROOT / words[1])
+        install = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(install)
+        assert words[2] in install.EXTRAS
+
+
+@pytest.mark.parametrize(("key", "argv"), [
+    ("filler", ["-m", "apl_train", "miniworld", "card"]), ("demo-minutes", ["install.py", "demo"]),
+    ("kill-resume", ["-m", "pytest", "tests/world/test_resume.py"]),
+])
+def test_rerun_starts_that_command(key: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def run(argv: list[str], **options: object) -> SimpleNamespace:
+        seen.update(argv=argv, **options)
+        return SimpleNamespace(returncode=5)
+
+    monkeypatch.setattr(claims.subprocess, "run", run)
+    assert claims.rerun(key) == 5
+    assert seen["argv"] == [sys.executable, *argv] and seen["cwd"] == ROOT and "shell" not in seen
+    with pytest.raises(ConfigError, match="claim is 'nope'"):
+        claims.rerun("nope")
+
+
+def test_the_demo_is_held_against_the_shipped_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "FILE", tmp_path / "benchmarks" / "claims.json")
+    scores = {"persons": {"test": {"off": {"id_acc_mean": 0.8}, "on": {"id_acc_mean": 0.2, "n_persons": 24}}}}
+    claims.record_demo(scores, {"train": 150.0})
+    assert not claims.FILE.exists()  # an installation without the folder, as from a wheel
+    claims.FILE.parent.mkdir()
+    claims.record_demo(scores, {"train": 0.0})
+    assert not claims.FILE.exists()  # nothing was trained this time
+    claims.record_demo(scores, {"train": 150.0})
+    found = {row["id"]: row for row in claims.read()}
+    assert found["demo-train-minutes"]["measured"] == 2.5 and found["demo-drop"]["measured"] is None
+    if sys.platform != "win32":
+        assert 0.01 < found["demo-memory"]["measured"] < 100
+    claims.record({"on-test": (0.1, None, 32)})
+    claims.record_demo(scores, {"train": 150.0})
+    found = {row["id"]: row for row in claims.read()}
+    assert found["demo-drop"]["measured"] == pytest.approx((1 - 0.2 / 0.8) / (1 - 0.1), abs=1e-4)
+
+
+def test_memory_is_left_out_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert claims._peak_gb() is None
