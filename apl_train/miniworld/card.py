@@ -4,6 +4,7 @@ the shipped prefix on it. Both write `benchmarks/<name>.json` and the claims tha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ class Bench:
         self.attributes = attribute_reader(shipped.MINIATURE)
         self.bars = StageBars()
 
-    def evaluate(self, prompt: Any, embedder: FaceEmbedder | None = None, **options: Any) -> dict[str, Any]:
+    def evaluate(self, prompt: Any, embedder: FaceEmbedder | None = None, *, neutral: bool = True,
+                 **options: Any) -> dict[str, Any]:
+        people = self.people if neutral else dataclasses.replace(self.people, neutral=())
         try:
-            return evaluate(self.backend, prompt, self.people, embedder or self.embedder, self.attributes,
+            return evaluate(self.backend, prompt, people, embedder or self.embedder, self.attributes,
                             cache=self.cache, progress=self.bars, **options)
         finally:
             self.bars.close()
@@ -100,7 +103,7 @@ def write_card(cache: Path | None = None, seeds: int = 8) -> tuple[dict[str, Any
     bench = Bench(cache or Path("runs/cache"))
     card: dict[str, Any] = {"recogniser": _recognition(bench, bench.embedder),
                             "recogniser2": _recognition(bench, bench.second)}
-    scores = bench.evaluate(None, conditions=("off", "description"), phrase=FILLER, seeds=seeds)
+    scores = bench.evaluate(None, splits=("test",), conditions=("off", "description"), phrase=FILLER, seeds=seeds)
     card["base"] = {k: scores[k] for k in ("persons", "drift", "uninvited_rate", "hashes", "settings")}
     write_json(folder() / "miniworld.json", card)
     test, n = scores["persons"]["test"], scores["persons"]["test"]["off"]["n_persons"]
@@ -162,16 +165,19 @@ def write_prefix_scores(prefix: str = PREFIX_NAME, cache: Path | None = None, se
     bench = Bench(cache or Path("runs/cache"))
     prompt = load_prefix(shipped.prefix_file(prefix))
     try:
-        choice = best_phrase(bench.backend, PHRASES, bench.people, bench.embedder, cache=bench.cache,
+        choice = best_phrase(bench.backend, PHRASES, bench.people, bench.embedder, seeds=2, cache=bench.cache,
                              progress=bench.bars)
     finally:
         bench.bars.close()
-    scores = bench.evaluate(prompt, phrase=choice.phrase, seeds=seeds)
-    second = bench.evaluate(prompt, bench.second, splits=("test",), conditions=("off", "on"), seeds=seeds)
+    scores = bench.evaluate(prompt, splits=("test",), phrase=choice.phrase, seeds=seeds)
+    trained = bench.evaluate(prompt, neutral=False, splits=("train",), conditions=("off", "on"), seeds=seeds // 2)
+    second = bench.evaluate(prompt, bench.second, neutral=False, splits=("test",), conditions=("off", "on"),
+                            seeds=seeds // 2)
     # a template cannot stand ahead of a prompt without a name: its drift is measured with the name's place left empty
     bare = choice.phrase.replace("{}", "").strip() + " "
     moved = bench.evaluate(prompt, splits=("test",), persons_limit=2, conditions=("off", "on"), phrase=bare.strip(),
                            seeds=2)
+    scores["persons"]["train"] = trained["persons"]["train"]
     result = {"scores": scores, "second_recogniser": second["persons"], "phrase": choice.phrase,
               "phrases": dict(choice.joint_success), "phrase_drift": moved["drift"]}
     test, train = scores["persons"]["test"], scores["persons"]["train"]
@@ -201,7 +207,8 @@ def write_prefix_scores(prefix: str = PREFIX_NAME, cache: Path | None = None, se
     if ratio:
         found["beats-phrase-drift"] = (max(ratio), None, sum(pairs.values()))
     if final:
-        last = bench.evaluate(prompt, splits=("final",), conditions=("off", "on", "description"), seeds=seeds)
+        last = bench.evaluate(prompt, neutral=False, splits=("final",), conditions=("off", "on", "description"),
+                              seeds=seeds)
         result["final"] = last["persons"]
         found["final-on"] = _share(last["persons"]["final"]["on"], last["persons"]["final"]["on"]["n_persons"])
     write_json(folder() / "prefix.json", result)
