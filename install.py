@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("install.py", description=ABOUT, epilog=VARIABLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("purpose", choices=sorted(EXTRAS), help="what to install for and start")
-    os.environ.setdefault("APL_BEGAN", repr(time.time()))  # the demo counts its minutes from here, installation included
+    os.environ.setdefault("APL_BEGAN", repr(time.time()))  # the demo counts from here, installing included
     purpose = parser.parse_args(argv[:1]).purpose  # what follows belongs to the command started, --help included
     try:
         python = install(ROOT, purpose)

@@ -16,6 +16,7 @@ import logging
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,9 +77,14 @@ class Layout:
         user = end - 1 - len(self.rows)
         if user < 0 or len(row) <= len(self.rows) + 2:
             return False
-        planned = plan([_FIRST_ITEM] * user, len(self.rows), position=self.position, bos=self.start, eos=self.end,
-                       pad=self.pad, length=max(len(row), end + 1))[0]
-        return all(_same(row[at], self.rows[index]) for at, index in planned.prefix_positions)
+        places = _prefix_positions(user, len(self.rows), self.position, len(row))
+        return all(_same(row[at], self.rows[index]) for at, index in places)
+
+
+@lru_cache(maxsize=256)
+def _prefix_positions(user: int, num_prefix: int, position: str, length: int) -> tuple[tuple[int, int], ...]:
+    """(position, prefix row) in a chunk of `user` tokens. Kept, since every row of every encode asks for it."""
+    return plan([_FIRST_ITEM] * user, num_prefix, position=position, length=length)[0].prefix_positions
 
 
 def _index_of(token: int, row: Sequence[Any]) -> int:

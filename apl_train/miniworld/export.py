@@ -35,7 +35,7 @@ ASSETS = Path(__file__).with_name("assets")
 C1_TEMPLATES = ("A photo of {}", "A portrait of {}", "A close-up photo of {}", "A close-up portrait of {}", "{}")
 """Caption templates of S_ID (the paper's own code uses these)."""
 IMAGES_PER_PERSON = 4
-REFERENCES = 5
+REFERENCES = 4
 HELD_OUT_THINGS = 48
 """Things that S_Reg does not show: drift is measured on them."""
 UNNAMED_PROMPTS = 48
@@ -59,6 +59,9 @@ def write_checkpoint(build: Build, assets: Path) -> None:
         source = build.work / "tokenizer" / name
         if source.exists():
             shutil.copyfile(source, folder / "tokenizer" / name)
+    vocabulary = folder / "tokenizer" / "vocab.json"
+    words = json.loads(vocabulary.read_text(encoding="utf-8"))
+    write_text(vocabulary, json.dumps(words, ensure_ascii=False, separators=(",", ":")))
     (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # three times as large, and says the same
 
 
@@ -161,7 +164,7 @@ def write_people(build: Build, assets: Path) -> None:
         if k < REFERENCES:
             chosen.append((f"{people[row['person']].name}/{k}.webp", pictures[i]))
         counts[row["person"]] = k + 1
-    write_pictures(assets / "references.zip", chosen, quality=80)
+    write_pictures(assets / "references.zip", chosen, quality=68)
 
 
 def neutral_prompts(build: Build) -> tuple[list[str], list[str], list[str], list[str]]:

