@@ -164,7 +164,7 @@ def write_people(build: Build, assets: Path) -> None:
         if k < REFERENCES:
             chosen.append((f"{people[row['person']].name}/{k}.webp", pictures[i]))
         counts[row["person"]] = k + 1
-    write_pictures(assets / "references.zip", chosen, quality=68)
+    write_pictures(assets / "references.zip", chosen, quality=42)
 
 
 def neutral_prompts(build: Build) -> tuple[list[str], list[str], list[str], list[str]]:
