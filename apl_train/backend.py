@@ -59,7 +59,7 @@ class Backend:
         self.name, self.family, self.sha256 = parts.name, "sd1", parts.sha256
         self.device, self.dtype = torch.device(device), dtype
         self.unet, self.vae, encoder = (
-            part.to(self.device, dtype).eval().requires_grad_(False)
+            _cast(part.to(self.device), dtype).eval().requires_grad_(False)
             for part in (parts.unet, parts.vae, parts.text_encoder)
         )
         if self.device.type == "cpu":
@@ -218,6 +218,11 @@ class Backend:
             if progress:
                 progress(done, len(prompts))
         return Samples(latents, images)
+
+
+def _cast(part: Any, dtype: torch.dtype) -> Any:
+    """The part in `dtype`; nothing is asked of diffusers where it already is (it warns whatever the types are)."""
+    return part if next(part.parameters()).dtype == dtype else part.to(dtype)
 
 
 def _check_sampling(

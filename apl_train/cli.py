@@ -40,7 +40,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--run", type=Path, default=Path("runs/demo"),
                    help="folder of the run; a second demo reuses what is there")
     p.add_argument("--steps", type=int, default=None, help="optimizer steps instead of the preset's")
-    p.add_argument("--persons", type=int, default=24, help="unseen persons to score")
+    p.add_argument("--persons", type=int, default=16, help="unseen persons to score")
     p.add_argument("--seeds", type=int, default=4, help="pictures of each person")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of TrainConfig's settings
     p = parsers["train"]

@@ -82,7 +82,7 @@ def _pairs(album: _Album, kind: str, prompts: list[str]) -> list[Pair]:
             if (f"{kind}/off", p) in album.pictures and (f"{kind}/on", p) in album.pictures]
 
 
-def run_demo(run: Path, *, steps: int | None = None, persons: int = 24, seeds: int = 4) -> tuple[dict[str, Any], str]:
+def run_demo(run: Path, *, steps: int | None = None, persons: int = 16, seeds: int = 4) -> tuple[dict[str, Any], str]:
     """Everything in one go; returns scores.json and what the terminal shows.
 
     Writes `<run>/prefix/*.safetensors`, `scores.json` and `report.html`. Raises APLError.
