@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except (ImportError, ModuleNotFoundError) as error:
         missing = ConfigError(f"{error.name or error} is not installed.",
-                              "Install what this command needs: pip install 'anonymization-prompt[demo]'")
+                              "Install what this command needs: pip install '.[demo]' in the checkout")
         sys.stderr.write(f"error: {missing.message}\n       {missing.hint}\n")
         return missing.exit_code
     except KeyboardInterrupt:

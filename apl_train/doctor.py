@@ -42,7 +42,7 @@ def examine() -> tuple[dict[str, Any], str]:
              f"{'GPU ' + facts['gpu'] if facts['cuda'] else 'no GPU'}, {facts['free_disk_gb']} GB of disk free"]
     lines += [f"  {name:14}{version}" for name, version in facts["packages"].items()]
     for extra, names in facts["missing"].items():
-        lines.append(f"missing for {extra}: {', '.join(names)}  ->  pip install 'anonymization-prompt[{extra}]'")
+        lines.append(f"missing for {extra}: {', '.join(names)}  ->  pip install '.[{extra}]' in the checkout")
     lines.append("the miniature world is here" if facts["miniature"] else
                  "the miniature world is missing: `apl miniworld build`")
     return facts, "\n".join(lines)

@@ -4,7 +4,7 @@
     -> export (three-format checkpoint, ONNX models, data) -> S_ID / S_Reg
 
 A stage that is finished is skipped, one that was cut off goes on where it was. Needs node, two npm packages and
-three Python packages (`pip install anonymization-prompt[miniworld]`); about two hours on two cores.
+three Python packages (`pip install ".[miniworld]"` in the checkout); hours on two cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from apl_train.miniworld.world import read_people, read_pictures, render_world
 
 @dataclass(frozen=True)
 class Lengths:
-    """Optimizer steps of every training stage; the shipped world was built with these."""
+    """Optimizer steps of every training stage; see docs/miniworld.md for how the shipped world differs."""
 
     vae: int = 2000
     text: int = 1000

@@ -153,18 +153,3 @@ def embed(model: Recogniser, pictures: np.ndarray, batch: int = 128) -> np.ndarr
     faces = pictures[:, y0:y1, x0:x1]
     out = [F.normalize(model(to_pixels(faces[i : i + batch])), dim=-1) for i in range(0, len(faces), batch)]
     return torch.cat(out).numpy()
-
-
-def verification(z: np.ndarray, person: np.ndarray, group: np.ndarray) -> dict[str, float]:
-    """Mean similarity of the same person, of different persons, of different persons of one group, and the best
-    verification accuracy over thresholds on balanced pairs."""
-    s = z @ z.T
-    same = (person[:, None] == person[None]) & ~np.eye(len(person), dtype=bool)
-    other = person[:, None] != person[None]
-    near = other & (group[:, None] == group[None])
-    genuine, impostor = np.sort(s[same]), np.sort(s[other])
-    grid = np.linspace(-0.2, 1, 241)
-    accept = 1 - np.searchsorted(genuine, grid) / len(genuine)
-    reject = np.searchsorted(impostor, grid) / len(impostor)
-    return {"same": float(genuine.mean()), "different": float(impostor.mean()),
-            "same_description": float(s[near].mean()), "verification": float(((accept + reject) / 2).max())}
