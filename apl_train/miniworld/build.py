@@ -34,7 +34,7 @@ class Lengths:
 
     vae: int = 2000
     text: int = 1000
-    unet: int = 4800
+    unet: int = 9600
     recogniser: int = 2600
     recogniser2: int = 1000
     attributes: int = 900
@@ -48,8 +48,9 @@ STAGES = ("tokenizer", "pictures", "vae", "text", "latents", "unet", "recogniser
 class Build:
     """One build in one work folder; every part is a cached property that trains what is not there yet."""
 
-    def __init__(self, work: Path, lengths: Lengths | None = None, minutes: float | None = None):
-        self.work, self.lengths, self.minutes = work, lengths or Lengths(), minutes
+    def __init__(self, work: Path, lengths: Lengths | None = None, minutes: float | None = None,
+                 compiled: bool = False):
+        self.work, self.lengths, self.minutes, self.compiled = work, lengths or Lengths(), minutes, compiled
         self.fits, self.drawn = work / "fit", work / "world"
 
     # -- data ------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class Build:
     @cached_property
     def unet(self):
         return denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet,
-                                   minutes=self.minutes)
+                                   minutes=self.minutes, compiled=self.compiled)
 
     # -- the measuring models --------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / f"{name}.safetensors", folder / f"{name}.log.jsonl"
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     average = {k: _copy(m) for k, m in modules.items()} if ema else {}
     everything = {**modules, **{f"ema-{k}": m for k, m in average.items()}}
     first = 0
@@ -109,8 +109,7 @@ def fit(
         decay = min(ema, (i + 1) / (i + 10))
         for key, module in average.items():
             with torch.no_grad():
-                for a, b in zip(module.parameters(), modules[key].parameters(), strict=True):
-                    a.lerp_(b, 1 - decay)
+                torch._foreach_lerp_(list(module.parameters()), list(modules[key].parameters()), 1 - decay)
                 for a, b in zip(module.buffers(), modules[key].buffers(), strict=True):
                     a.copy_(b)
         for k, v in losses.items():
