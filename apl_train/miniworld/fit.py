@@ -82,7 +82,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / f"{name}.safetensors", folder / f"{name}.log.jsonl"
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = {k: _copy(m) for k, m in modules.items()} if ema else {}
     everything = {**modules, **{f"ema-{k}": m for k, m in average.items()}}
     first = 0
