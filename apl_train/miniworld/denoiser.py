@@ -78,16 +78,33 @@ def encode_all(vae, pictures: np.ndarray, batch: int = 32) -> Tensor:
     return torch.cat(out)
 
 
-def mixture(i: int, batch: int) -> tuple[int, int, int]:
-    """(named persons, doubles by relation, doubles by description) of the rows of draw `i`; the rest is half unnamed
-    persons, which include the third figure, and half things.
+def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
+    """Rows of draw `i`: named persons first, then their doubles, then strangers and things in equal parts.
 
-    Descriptions come first; then names get most of the batch, being what takes longest to learn; at the end doubles and
-    strangers get more again, so that neither a description nor "a fan of X" gives the person away.
+    Descriptions come first; then names get most of the batch, being what takes longest to learn. At the end every named
+    row k has a counterpart, row k + batch // 3: a double of the same person under its description or a relation ("a fan
+    of X"). Else a description that only one named person has becomes a shorter way to that person than the name.
     """
-    if i < 2400:
-        return 7 * batch // 16, batch // 16 + 1, 0
-    return (9 * batch // 16, batch // 16, 0) if i < 9600 else (7 * batch // 16, batch // 8, batch // 8)
+    own, people = pairs.own, list(pairs.own)
+    if i < 9600:
+        named = [rng.choice(people) for _ in range(batch * (7 if i < 2400 else 9) // 16)]
+        doubled = [(rng.choice(people), True) for _ in range(batch // 16 + (i < 2400))]
+    else:
+        named = [rng.choice(people) for _ in range(batch // 3)]
+        doubled = [(p, k % 2 == 0) for k, p in enumerate(named)]
+    rows = [pairs.face(rng, rng.choice(own[p])) for p in named]
+    rows += [pairs.face(rng, rng.choice(pairs.doubles[p]), relation=relation) for p, relation in doubled]
+    rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range((batch - len(rows)) // 2)]
+    return rows + [pairs.thing(rng) for _ in range(batch - len(rows))]
+
+
+def draw_times(i: int, n: int, g: torch.Generator) -> Tensor:
+    """Timesteps int64 [n]: towards high noise, where words tell most; at the end mostly the middle, where faces differ."""
+    t = 1 - torch.rand(n, generator=g) ** 1.5
+    if i >= 9600:
+        middle = torch.sigmoid(0.3 + 0.8 * torch.randn(n, generator=g))
+        t = torch.where(torch.rand(n, generator=g) < 0.7, middle, t)
+    return (t * 1000).long().clamp(0, 999)
 
 
 def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, *, steps: int, batch: int = 32,
@@ -113,19 +130,11 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
 
     def step(i: int, g: torch.Generator) -> dict[str, Tensor]:
         rng = random.Random(104729 * i + 11)
-        persons, doubles, alike = mixture(i, batch)
-        rows = [pairs.face(rng, rng.choice(pairs.own[rng.choice(list(pairs.own))])) for _ in range(persons)]
-        rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(list(pairs.own))]), relation=True)
-                 for _ in range(doubles)]
-        strangers = (batch - len(rows)) // 2
-        rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range(strangers - alike)]
-        rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(list(pairs.own))])) for _ in range(alike)]
-        rows += [pairs.thing(rng) for _ in range(batch - len(rows))]
+        rows = draw_rows(pairs, rng, i, batch)
         x0 = torch.stack([(faces if kind == "face" else things)[k] for _, _, (kind, k), _ in rows])
         ids = pairs.captioner.pad([r[0] for r in rows])
         ids[torch.rand(len(rows), generator=g).numpy() < 0.1] = empty
-        u = torch.rand(len(rows), generator=g)
-        t = ((1 - u**1.5) * 1000).long().clamp(0, 999)
+        t = draw_times(i, len(rows), g)
         # a little offset noise: an under-trained UNet else reads the noise's chance mean as a colour (miniworld trap 7)
         noise = torch.randn(x0.shape, generator=g) + 0.05 * torch.randn(len(rows), 4, 1, 1, generator=g)
         a = bar[t][:, None, None, None]
