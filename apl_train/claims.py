@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apl_core.atomic import write_json
+from apl_core.atomic import write_json, write_text
 from apl_core.errors import ConfigError, ScoreError
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "claims.json"
+MARKED = re.compile(r"(<!-- claims: ([^>]*?) -->)\n.*?(<!-- end -->)", re.S)
 CARD = "apl miniworld card"
 PREFIX = "apl miniworld prefix"
 FIGURES = "apl miniworld figures"
@@ -130,6 +132,38 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                      f"  ({r['id']})")
     counts = {word: sum(words[r["holds"]] == word for r in rows) for word in words.values()}
     return "\n".join([*lines, ", ".join(f"{n} {word}" for word, n in counts.items())])
+
+
+def markdown(keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the claims with these ids. Raises ConfigError for an unknown id."""
+    known = {r["id"]: r for r in rows}
+    words = {True: "holds", False: "**short**", None: "not run"}
+    lines = ["| | bound | measured | 95% interval | n | |", "|---|---|---|---|---|---|"]
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"claim is {key!r}.", f"Known: {', '.join(TARGETS)}.", field="claim")
+        r = known[key]
+        value = "" if r["measured"] is None else f"{r['measured']:.3f}"
+        interval = "" if not r["ci95"] else f"{r['ci95'][0]:.3f} to {r['ci95'][1]:.3f}"
+        bound = r["bound"].replace("<=", "≤").replace(">=", "≥")
+        lines.append(f"| {r['claim']} | {bound} | {value} | {interval} | {r['n'] or ''} | {words[r['holds']]} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A document with every table between `<!-- claims: ID ... -->` and `<!-- end -->` as the figures are now."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{markdown(m[2].split(), rows)}\n{m[3]}", text)
+
+
+def fill_documents() -> list[Path]:
+    """Rewrites the tables of figures in the documents; returns the files that changed."""
+    root, changed = FILE.parent.parent, []
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        if (new := fill(text, read())) != text:
+            write_text(path, new)
+            changed.append(path)
+    return changed
 
 
 def rerun(key: str) -> int:

@@ -93,6 +93,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--final", action="store_true", help="prefix: also on the persons kept out of every decision")
     p = parsers["claims"]
     p.add_argument("--rerun", type=str, default=None, help="measure the claim with this id again")
+    p.add_argument("--docs", action="store_true", help="bring the tables of figures in README and docs up to date")
     parsers["doctor"]
     for name, parser in parsers.items():
         parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -217,6 +218,10 @@ def _run_claims(args: Namespace) -> int:
 
     if args.rerun:
         return claims.rerun(args.rerun)
+    if args.docs:
+        changed = claims.fill_documents()
+        _tell(args, {"changed": [str(p) for p in changed]}, "\n".join(f"wrote {p}" for p in changed) or "up to date")
+        return 0
     rows = claims.read()
     _tell(args, {"claims": rows}, claims.table(rows))
     return 0

@@ -145,3 +145,22 @@ def test_the_demo_is_held_against_the_shipped_prefix(tmp_path: Path, monkeypatch
 def test_memory_is_left_out_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     assert claims._peak_gb() is None
+
+
+def test_a_marked_table_shows_the_figures_as_they_are() -> None:
+    rows = [{"id": "a", "claim": "A", "bound": "<= 0.2", "measured": 0.25, "ci95": [0.1, 0.4], "n": 3, "holds": False},
+            {"id": "b", "claim": "B", "bound": ">= 1", "measured": None, "ci95": None, "n": None, "holds": None}]
+    new = claims.fill("x\n<!-- claims: a b -->\nold\n<!-- end -->\ny", rows)
+    assert new == ("x\n<!-- claims: a b -->\n| | bound | measured | 95% interval | n | |\n|---|---|---|---|---|---|\n"
+                   "| A | ≤ 0.2 | 0.250 | 0.100 to 0.400 | 3 | **short** |\n| B | ≥ 1 |  |  |  | not run |\n"
+                   "<!-- end -->\ny")
+    assert claims.fill(new, rows) == new
+    with pytest.raises(ConfigError, match="'c'"):
+        claims.fill("<!-- claims: c -->\n<!-- end -->", rows)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/miniworld.md"])
+def test_documents_show_the_measured_figures(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert "<!-- claims: " in text
+    assert claims.fill(text, claims.read()) == text, "run: apl claims --docs"
