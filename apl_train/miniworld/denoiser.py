@@ -99,7 +99,7 @@ def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
 
 
 def draw_times(i: int, n: int, g: torch.Generator) -> Tensor:
-    """Timesteps int64 [n]: towards high noise, where words tell most; at the end mostly the middle: faces differ there."""
+    """Timesteps int64 [n]: towards high noise, where words tell most; at the end mostly the middle: faces differ."""
     t = 1 - torch.rand(n, generator=g) ** 1.5
     if i >= 9600:
         middle = torch.sigmoid(0.3 + 0.8 * torch.randn(n, generator=g))
