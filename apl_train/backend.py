@@ -5,6 +5,7 @@ Everything a model does here goes through diffusers' and transformers' own modul
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from apl_core.errors import ConfigError, DatasetError, ModelError
 from apl_core.placement import negative_needs_prefix
-from apl_train.model_files import SUPPORTED, Parts, read_parts
+from apl_train.base_model import SUPPORTED
+from apl_train.model_files import Parts, read_parts
+from apl_train.precision import Precision, chosen, into_half, out_of_half
 from apl_train.text import Encoded, TextStack, Vectors
 
 _TIMESTEPS = 1000
-_VAE_BATCH = 16
+_VAE_PIXELS = 2**18
+"""Pixels in a pass of the VAE, whose memory grows with them: one picture of 512 x 512, sixteen of 128 x 128."""
 
 
 @dataclass(frozen=True)
@@ -50,41 +54,64 @@ class Backend:
     """
 
     def __init__(
-        self, parts: Parts, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, parts: Parts, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+        checkpointing: bool = False, offload: str = "none",
     ) -> None:
-        """Takes the modules over: they are moved, cast and frozen in place. Raises ModelError when they do not fit."""
+        """Takes the modules over: they are moved, cast and frozen in place (see `Precision` for the settings).
+
+        Raises:
+            ModelError: the modules do not fit each other.
+        """
         from diffusers import DDIMScheduler
 
         _check_parts(parts)
         self.name, self.family, self.sha256 = parts.name, "sd1", parts.sha256
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self._offload = torch.device(device), dtype, offload
         self.unet, self.vae, encoder = (
-            _cast(part.to(self.device), dtype).eval().requires_grad_(False)
-            for part in (parts.unet, parts.vae, parts.text_encoder)
+            _cast(part.to(place), kind).eval().requires_grad_(False)
+            for part, place, kind in (
+                (parts.unet, self.device, dtype), (parts.vae, self.device if offload == "none" else "cpu", dtype),
+                (parts.text_encoder, "cpu" if offload == "all" else self.device, torch.float32),
+            )
         )
         if self.device.type == "cpu":
             self.unet.to(memory_format=torch.channels_last)  # about a tenth faster there; the VAE gains nothing
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.unet.train()  # older versions of diffusers look at this; no layer of SD1's UNet behaves otherwise
         self.text = TextStack("sd1", {"emb_params": parts.tokenizer}, {"emb_params": encoder})
         self._scheduler = DDIMScheduler(**parts.schedule)
+        self._is_v = self._scheduler.config.prediction_type == "v_prediction"
         self.alphas_bar = self._scheduler.alphas_cumprod.float()
         self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.size = int(self.unet.config.sample_size) * self._factor
 
     @classmethod
     def load(
-        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+        checkpointing: bool = False, offload: str = "none", vae: str | Path | None = None,
     ) -> Backend:
-        """Read a model from disk; weights are cast to `dtype`. `source`: see `model_files.read_parts`.
+        """Read a model from disk. `source`, `vae`: see `model_files.read_parts`; the rest: see `Precision`.
 
         Raises:
             ModelError: it is missing, of an unsafe or unsupported kind, damaged, or the device cannot take it.
         """
-        parts = read_parts(source)
+        parts = read_parts(source, dtype=dtype, vae=vae)
         try:
-            return cls(parts, device=device, dtype=dtype)
+            return cls(parts, device=device, dtype=dtype, checkpointing=checkpointing, offload=offload)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"Cannot put {parts.name} on the device {str(device)!r} as {dtype}: {error}",
                              "Use device cpu, or free memory.", field="device") from error
+
+    @classmethod
+    def for_settings(cls, source: str | Path, settings: Any, *, device: str | torch.device | None = None) -> Backend:
+        """Read a model as settings with device, dtype, gradient_checkpointing, offload and vae ask for (TrainConfig).
+
+        device: takes the place of the settings' own, as where several processes share a machine.
+        """
+        asked = precision_of(settings)
+        return cls.load(source, device=device or asked.device, dtype=asked.dtype, checkpointing=asked.checkpointing,
+                        offload=asked.offload, vae=settings.vae or None)
 
     def encode(self, prompts: Sequence[str], vectors: Vectors | None = None, **options: Any) -> Encoded:
         """tau([AP] (+) c): `TextStack.encode`."""
@@ -93,11 +120,26 @@ class Backend:
     def predict(self, x_t: Tensor, t: Tensor, encoded: Encoded) -> Tensor:
         """eps_theta(x_t, tau(c), t) of N noisy latents: float32 [N, 4, h, w].
 
-        x_t: float [N, 4, h, w], scaled latents; t: int64 [N]; gradient flows to `encoded` (and x_t), not to weights.
+        x_t: float [N, 4, h, w], scaled latents; t: int64 [N]; gradient flows to `encoded`, not to weights. Of a model
+        that predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0, eps = sqrt(abar) v + sqrt(1 - abar) x_t.
         """
-        x_t = x_t.to(self.device, self.dtype)
-        states = encoded.states.to(self.device, self.dtype)
-        return self.unet(x_t, t.to(self.device), encoder_hidden_states=states, return_dict=False)[0].float()
+        x_t, t = x_t.to(self.device), t.to(self.device)
+        states = into_half(encoded.states.to(self.device), self.dtype)
+        found = out_of_half(self.unet(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0])
+        if not self._is_v:
+            return found
+        bar = self.alphas_bar.to(self.device)[t].view(-1, 1, 1, 1)
+        return bar.sqrt() * found + (1 - bar).sqrt() * x_t.float()
+
+    @contextlib.contextmanager
+    def _working_vae(self) -> Iterator[Any]:
+        """The VAE on the device; it goes back where it waits."""
+        self.vae.to(self.device)
+        try:
+            yield self.vae
+        finally:
+            if self._offload != "none":
+                self.vae.to("cpu")
 
     @torch.no_grad()
     def to_latents(self, images: np.ndarray) -> Tensor:
@@ -114,28 +156,38 @@ class Backend:
             )
         edges = [edge // self._factor for edge in images.shape[1:3]]
         out = torch.empty(len(images), self.vae.config.latent_channels, *edges)
-        for start in range(0, len(images), _VAE_BATCH):
-            part = torch.from_numpy(np.ascontiguousarray(images[start : start + _VAE_BATCH]))
-            pixels = part.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1
-            mode = self.vae.encode(pixels).latent_dist.mode()
-            out[start : start + _VAE_BATCH] = mode * self.vae.config.scaling_factor
+        batch = self._vae_batch(*images.shape[1:3])
+        with self._working_vae() as vae:
+            for start in range(0, len(images), batch):
+                part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch]))
+                pixels = part.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1
+                mode = vae.encode(pixels).latent_dist.mode()
+                out[start : start + batch] = mode * vae.config.scaling_factor
         return out
+
+    @staticmethod
+    def _vae_batch(height: int, width: int) -> int:
+        return max(1, _VAE_PIXELS // (height * width))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Pictures of scaled latents: float [N, 4, h, w] -> uint8 [N, 8h, 8w, 3], RGB."""
         height, width = (edge * self._factor for edge in latents.shape[2:])
         out = np.empty((len(latents), height, width, 3), np.uint8)
-        for start in range(0, len(latents), _VAE_BATCH):
-            part = latents[start : start + _VAE_BATCH].to(self.device, self.dtype)
-            pixels = self.vae.decode(part / self.vae.config.scaling_factor, return_dict=False)[0].float()
-            pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
-            out[start : start + _VAE_BATCH] = pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
+        batch = self._vae_batch(height, width)
+        with self._working_vae() as vae:
+            for start in range(0, len(latents), batch):
+                part = latents[start : start + batch].to(self.device, self.dtype)
+                pixels = vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].float()
+                pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
+                out[start : start + batch] = pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
         return out
 
     @cached_property
     def _pipeline(self) -> Any:
         from diffusers import StableDiffusionPipeline
+
+        device = self.device
 
         class Guided(StableDiffusionPipeline):
             # diffusers drops the negative prompt below 1 too, where it counts most; hosts drop it at 1 only
@@ -143,8 +195,13 @@ class Backend:
             def do_classifier_free_guidance(self) -> bool:
                 return self._guidance_scale != 1.0
 
-        pipe = Guided(self.vae, self.text.encoders["emb_params"], self.text.tokenizers["emb_params"], self.unet,
-                      self._scheduler, None, None, requires_safety_checker=False)
+            # diffusers takes the device of its first part, which may be waiting on the CPU
+            @property
+            def _execution_device(self) -> torch.device:
+                return device
+
+        # without a text encoder it takes prompts, which come encoded, in the UNet's dtype
+        pipe = Guided(self.vae, None, None, self.unet, self._scheduler, None, None, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -207,6 +264,7 @@ class Backend:
             if guided:
                 against = self.encode([negative], with_prefix, chunks=chunks).states.expand_as(positive)
             noise = torch.stack([self._noise(seeds[row], size) for row in rows])
+            positive, against = (x if x is None else x.to(self.device, self.dtype) for x in (positive, against))
             found = self._pipeline(
                 prompt_embeds=positive, negative_prompt_embeds=against, latents=noise.to(self.device, self.dtype),
                 height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
@@ -218,6 +276,12 @@ class Backend:
             if progress:
                 progress(done, len(prompts))
         return Samples(latents, images)
+
+
+def precision_of(settings: Any) -> Precision:
+    """The `Precision` that a TrainConfig asks for. Raises ConfigError."""
+    return chosen(settings.device, settings.dtype, checkpointing=settings.gradient_checkpointing,
+                  offload=settings.offload)
 
 
 def _cast(part: Any, dtype: torch.dtype) -> Any:
@@ -253,8 +317,8 @@ def _check_parts(parts: Parts) -> None:
         (unet.config.in_channels != vae.config.latent_channels, "unet",
          f"The UNet takes {unet.config.in_channels} channels, the VAE makes {vae.config.latent_channels}: not a plain "
          "text-to-image model."),
-        (schedule.get("prediction_type", "epsilon") != "epsilon", "scheduler",
-         f"The model predicts {schedule.get('prediction_type')}, not the noise."),
+        (schedule.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"), "scheduler",
+         f"The model predicts {schedule.get('prediction_type')}, neither noise nor velocity."),
         (schedule.get("num_train_timesteps", _TIMESTEPS) != _TIMESTEPS, "scheduler",
          f"The noise schedule has {schedule.get('num_train_timesteps')} timesteps, not {_TIMESTEPS}."),
     )

@@ -15,6 +15,7 @@ from apl_core.atomic import write_bytes
 from apl_core.prefix import load_prefix
 from apl_train import shipped
 from apl_train.backend import Backend
+from apl_train.precision import chosen
 
 
 def write_pairs(prompts: Sequence[str], prefix: str, base_model: str, seeds: Sequence[int], *, steps: int,
@@ -25,7 +26,7 @@ def write_pairs(prompts: Sequence[str], prefix: str, base_model: str, seeds: Seq
         PrefixFileError, LibraryError, ModelError, ConfigError: before anything is drawn.
     """
     prompt = load_prefix(shipped.prefix_file(prefix))
-    backend = Backend.load(shipped.locate("base_model", base_model))
+    backend = Backend.load(shipped.locate("base_model", base_model), device=chosen().device)
     rows = [p for p in prompts for _ in seeds]
     every = list(seeds) * len(prompts)
     with tqdm(total=2 * len(rows), desc="sample", unit="picture") as bar:

@@ -24,7 +24,17 @@ class TrainConfig:
     """One APL training. Raises ConfigError from `__post_init__` for a value out of range."""
 
     base_model: str = "miniature"
-    """Model to learn on: "miniature", a diffusers folder, or a .safetensors file."""
+    """Model to learn on: "miniature", a .safetensors file, a diffusers folder, or the hub id of one on this machine."""
+    vae: str = ""
+    """VAE to use instead of the model's own: a .safetensors file or a diffusers VAE folder."""
+    device: str = "auto"
+    """Where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps"."""
+    dtype: str = "fp32"
+    """Numbers of the frozen UNet and VAE: "fp32", "bf16" or "fp16"; the prefix is fp32 always."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more work."""
+    offload: str = "none"
+    """What waits on the CPU: "none", "vae" (while it has nothing to do), "all" (the text encoder too)."""
     s_id: str = "miniature"
     """Folder of S_ID: pictures of named persons with c1 and c2 ("miniature" for the shipped one)."""
     s_reg: str = "miniature"
@@ -81,7 +91,8 @@ class TrainConfig:
             _check(field, getattr(self, field), float, low, high)
         if self.persons is not None:
             _check("persons", self.persons, int, 1, 1_000_000)
-        for field, allowed in (("schedule", ("constant", "cosine")), ("init", ("vocabulary", "text"))):
+        for field, allowed in (("schedule", ("constant", "cosine")), ("init", ("vocabulary", "text")),
+                               ("dtype", ("fp32", "bf16", "fp16")), ("offload", ("none", "vae", "all"))):
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}.", f"Use one of: {', '.join(allowed)}.",
                                   field=field)

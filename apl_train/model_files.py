@@ -1,12 +1,14 @@
 """Model files on disk: their parts, read offline and from safetensors only, and the hash of their weights.
 
-Nothing here asks a network, and nothing is unpickled: a model comes from strangers as a prefix does.
+Nothing here asks a network, and nothing is unpickled: a model comes from strangers as a prefix does. What a file or
+folder does not bring along (tokenizer, configuration) ships with this project.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +18,18 @@ import torch
 from torch import nn
 
 from apl_core.errors import ModelError
-from apl_train import single_file
+from apl_train import checkpoint as ldm
+from apl_train.base_model import SUPPORTED, read_header
+from apl_train.single_file import VAE
 
-SUPPORTED = (
-    "Supported: a diffusers folder of Stable Diffusion 1.x, or its single .safetensors file with NAME.yaml and "
-    "tokenizer/ beside it."
-)
+TOKENIZER = Path(__file__).with_name("miniworld") / "assets" / "model" / "tokenizer"
+"""CLIP's vocabulary, which is the same for every Stable Diffusion 1.x model."""
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _PARTS = ("text_encoder", "unet", "vae")
 _AGAIN = "The model is damaged or incomplete: get it again."
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+             "timestep_spacing", "rescale_betas_zero_snr")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +41,8 @@ class Parts:
         tokenizer: transformers' CLIPTokenizer.
         schedule: settings of diffusers' DDIMScheduler.
         name: of the file (without its ending) or folder.
-        sha256: of the file, or of a folder's .safetensors files one after another in sorted order; lowercase hex.
+        sha256: of the file, or of a folder's .safetensors files one after another in sorted order; lowercase hex. A
+            VAE from elsewhere is hashed after them.
     """
 
     unet: nn.Module
@@ -48,34 +54,78 @@ class Parts:
     sha256: str = ""
 
 
-def read_parts(source: str | Path) -> Parts:
-    """Read a diffusers folder, or an LDM single file (see `single_file`) with its yaml and tokenizer/ beside it.
+def find_model(source: str | Path) -> Path:
+    """The file or folder of a setting: itself, or where this machine keeps the hub id `owner/name`; nothing is fetched.
 
     Raises:
-        ModelError: it is missing, of an unsafe or unsupported kind, or damaged.
+        ModelError: there is none, or it is a pickle.
     """
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path)
-    if path.suffix.lower() in _PICKLES:
+    path = Path(source).expanduser()
+    if path.suffix.lower() in _PICKLES and not path.is_dir():
         raise ModelError(
             f"{path.name} is a pickle, which can run code when it is read.",
-            "Get the model as .safetensors, or make a safe file of it once with `apl convert`.", field="base_model",
+            f"Make a safe file of it once: apl convert {path} --out {path.with_suffix('.safetensors').name}",
+            field="base_model",
         )
-    if path.is_file() and path.suffix == ".safetensors":
-        return _read_single(path)
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    if not path.exists() and _HUB_ID.fullmatch(path.as_posix()) and path.suffix != ".safetensors":
+        return _in_hub_cache(path.as_posix())
     state = "is not a model of a known kind" if path.exists() else "does not exist"
     raise ModelError(f"base_model: {path} {state}.", SUPPORTED, field="base_model")
 
 
-def _read_single(path: Path) -> Parts:
-    # The one kind read so far; a file without a yaml would be the next branch, with a configuration by its shapes.
-    config = single_file.read_config(path)
-    tokenizer = _read_tokenizer(path.parent / "tokenizer")
-    return Parts(*single_file.read_ldm(path), tokenizer, single_file.schedule(config), path.stem, _hash([path]))
+def _in_hub_cache(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"base_model: {name} is neither a file here nor a hub model that is on this machine.",
+            f'Fetch it once yourself: hf download {name} --include "*.json" "*.txt" "*.safetensors"; or give a path.',
+            field="base_model",
+        ) from error
+    if (folder / "model_index.json").exists():
+        return folder
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ModelError(f"base_model: {name} has no model_index.json and {len(files)} .safetensors files.",
+                         f"Give the path of one of them: {folder}", field="base_model")
+    return files[0]
 
 
-def _read_folder(folder: Path) -> Parts:
+def read_parts(source: str | Path, *, dtype: torch.dtype = torch.float32, vae: str | Path | None = None,
+               meta: bool = False) -> Parts:
+    """Read a single file (see `checkpoint`), a diffusers folder, or a hub id that is in this machine's cache.
+
+    Args:
+        dtype: of UNet and VAE; the text encoder is float32, a prefix is learned through it.
+        vae: a VAE to use instead of the model's own: a .safetensors file or a diffusers VAE folder.
+        meta: modules without weights, and no hash: for estimates.
+
+    Raises:
+        ModelError: it is missing, of an unsafe or unsupported kind, or damaged.
+    """
+    path = find_model(source)
+    other = Path(vae).expanduser() if vae else None
+    if path.is_dir():
+        parts, files = _read_folder(path, dtype, other is None, meta)
+    else:
+        found = ldm.open_checkpoint(path)
+        beside = path.parent / "tokenizer"
+        tokenizer = _read_tokenizer(beside if beside.is_dir() else TOKENIZER)
+        modules = ldm.read_ldm(found, dtype, meta=meta, own_vae=other is None)
+        parts, files = (*modules, tokenizer, ldm.schedule(found), path.stem), [path]
+    unet, own, text, tokenizer, schedule, name = parts
+    if other is not None:
+        own, more = _read_vae(other, dtype, meta)
+        files = [*files, *more]
+    return Parts(unet, own, text, tokenizer, schedule, name, "" if meta else _hash(files))
+
+
+def _read_folder(folder: Path, dtype: torch.dtype, own_vae: bool, meta: bool) -> tuple[tuple[Any, ...], list[Path]]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -83,17 +133,40 @@ def _read_folder(folder: Path) -> Parts:
     if kind != "StableDiffusionPipeline":
         raise ModelError(f"{folder.name} is a {kind}, not a StableDiffusionPipeline.", SUPPORTED, field="base_model")
     stated = _read_json(folder / "scheduler" / "scheduler_config.json")
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-             "timestep_spacing", "rescale_betas_zero_snr")
-    schedule = {key: stated[key] for key in known if key in stated}
+    schedule = {key: stated[key] for key in _SCHEDULE if key in stated}
     schedule |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    unet, vae, text = (_read_part(kind, folder / name) for kind, name in
-                       ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder")))
-    files = [file for part in _PARTS for file in (folder / part).glob("*.safetensors")]
-    return Parts(unet, vae, text, _read_tokenizer(folder / "tokenizer"), schedule, folder.resolve().name, _hash(files))
+    unet = _read_part(UNet2DConditionModel, folder / "unet", dtype, meta)
+    text = _read_part(CLIPTextModel, folder / "text_encoder", torch.float32, meta)
+    vae = _read_part(AutoencoderKL, folder / "vae", dtype, meta) if own_vae else None
+    beside = folder / "tokenizer"
+    tokenizer = _read_tokenizer(beside if beside.is_dir() else TOKENIZER)
+    parts = _PARTS if own_vae else _PARTS[:2]
+    files = sorted(file for part in parts for file in (folder / part).glob("*.safetensors"))
+    return (unet, vae, text, tokenizer, schedule, folder.resolve().name), files
 
 
-def _read_part(kind: Any, folder: Path) -> nn.Module:
+def _read_vae(path: Path, dtype: torch.dtype, meta: bool) -> tuple[nn.Module, list[Path]]:
+    """(AutoencoderKL, its files) of a diffusers VAE folder or a .safetensors file, under LDM names or bare ones."""
+    from diffusers import AutoencoderKL
+
+    if path.is_dir():
+        return _read_part(AutoencoderKL, path, dtype, meta), sorted(path.glob("*.safetensors"))
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ModelError(f"vae: {path} is no .safetensors file and no folder.", "Give a VAE of Stable Diffusion 1.x.",
+                         field="vae")
+    shapes, _ = read_header(path)
+    start = "" if any(key.startswith(VAE) for key in shapes) else VAE
+    names = {start + key: key for key in shapes if (start + key).startswith(VAE)}
+    shapes = {name: shapes[key] for name, key in names.items()}
+    if f"{VAE}encoder.conv_in.weight" not in shapes:
+        raise ModelError(f"vae: {path.name} is no VAE of Stable Diffusion.", "Give a VAE of Stable Diffusion 1.x.",
+                         field="vae")
+    found = ldm.Checkpoint(path, {}, ldm.ModelKind("epsilon", False, 0, True), shapes, names)
+    config = {"model": {"params": {"scale_factor": 0.18215, "first_stage_config": {"params": ldm.vae_params(shapes)}}}}
+    return ldm.vae_from(found.tensors(VAE, dtype, meta=meta), config), [path]
+
+
+def _read_part(kind: Any, folder: Path, dtype: torch.dtype, meta: bool) -> nn.Module:
     """A module of a diffusers folder, all of its weights from .safetensors files."""
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not files and any(file.suffix in _PICKLES for file in folder.glob("*")):
@@ -107,9 +180,12 @@ def _read_part(kind: Any, folder: Path) -> nn.Module:
     # many models are shared in half precision only
     variant = "fp16" if all(".fp16." in name or ".fp16-" in name for name in files) else None
     try:
+        if meta:
+            return _shapes_of(kind, folder, dtype)
         with torch.random.fork_rng(devices=[]):
             module, info = kind.from_pretrained(
-                str(folder), use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True
+                str(folder), use_safetensors=True, local_files_only=True, variant=variant, torch_dtype=dtype,
+                output_loading_info=True,
             )
     except Exception as error:  # both libraries raise what their dependencies raise
         raise ModelError(f"Cannot read {folder}: {error}", _AGAIN, field=folder.name) from error
@@ -120,12 +196,19 @@ def _read_part(kind: Any, folder: Path) -> nn.Module:
     return module
 
 
+def _shapes_of(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The module that the folder's config.json describes, on the meta device."""
+    with torch.device("meta"):
+        if hasattr(kind, "from_config"):
+            module = kind.from_config(kind.load_config(str(folder), local_files_only=True))
+        else:
+            module = kind(kind.config_class.from_pretrained(str(folder), local_files_only=True))
+    return module.to(dtype).eval()
+
+
 def _read_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    if not folder.is_dir():
-        raise ModelError(f"There is no {folder}.", "Put the model's tokenizer folder (vocab.json, merges.txt) there.",
-                         field="tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises what its dependencies raise
@@ -145,7 +228,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in files:
         with file.open("rb") as handle:
             for block in iter(lambda: handle.read(2**22), b""):
                 digest.update(block)

@@ -17,6 +17,7 @@ from apl_train.attributes import AttributeReader
 from apl_train.backend import Backend
 from apl_train.evaluate import evaluate
 from apl_train.persons import read_evaluation_set
+from apl_train.precision import chosen
 
 
 class StageBars:
@@ -65,7 +66,7 @@ def score(
     attributes = attribute_reader(recogniser)
     if out is not None:
         write_json(out, {"state": "measuring"})  # an unwritable place is better known now than after an hour
-    backend = backend or Backend.load(shipped.locate("base_model", base_model))
+    backend = backend or Backend.load(shipped.locate("base_model", base_model), device=chosen().device)
     bars = StageBars()
     try:
         scores = evaluate(backend, prompt, people, embedder, attributes, splits=splits, seeds=seeds,

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1 in one .safetensors file under LDM names, and its yaml: from diffusers' modules and back.
+"""Stable Diffusion 1 as one .safetensors file under LDM names, with its yaml: from diffusers' modules to tensors.
 
-This is the file that web interfaces load. Reading goes through diffusers' own converters; writing has its own table
-of names, held to those converters by a round trip. Layout of the file:
+This is the file that web interfaces load; `checkpoint.py` reads it, through diffusers' own converters. The table of
+names here is held to those converters by a round trip. Layout of the file:
 
     model.diffusion_model.*                     UNet: input_blocks, middle_block, output_blocks, time_embed, out
     first_stage_model.*                         VAE: encoder, decoder, quant_conv, post_quant_conv
@@ -10,16 +10,12 @@ of names, held to those converters by a round trip. Layout of the file:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from torch import Tensor, nn
 
-from apl_core.errors import APLError, ModelError
+from apl_core.errors import ModelError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -208,143 +204,3 @@ def ldm_config(unet: nn.Module, vae: nn.Module, text_encoder: nn.Module, *, beta
         }},
         "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "text_config": text},
     }}}
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The LDM yaml beside the single file `path`, checked to be one of Stable Diffusion 1.
-
-    Raises:
-        ModelError: there is none, or it describes another kind of model.
-    """
-    beside = Path(path).with_suffix(".yaml")
-    try:
-        config = yaml.safe_load(beside.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"There is no readable {beside.name} beside {Path(path).name}.", "Single files are read with "
-                         "their LDM configuration beside them; or give a diffusers folder.", field="config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{beside.name} is not YAML: {error}", "Get the model's configuration again.",
-                         field="config") from error
-    for keys in (("unet_config", "params"), ("first_stage_config", "params", "ddconfig"), ("cond_stage_config",)):
-        found: Any = config
-        for key in ("model", "params", *keys):
-            found = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(found, dict):
-            raise ModelError(f"{beside.name} has no model.params.{'.'.join(keys)}.",
-                             "Supported: Stable Diffusion 1.x as LDM describes it.", field=".".join(keys))
-    parameterization = config["model"]["params"].get("parameterization", "eps")
-    if parameterization != "eps":
-        raise ModelError(f"{beside.name} says parameterization: {parameterization}.", "Use a model that predicts the "
-                         "noise (eps).", field="parameterization")
-    return config
-
-
-def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The noise schedule of an LDM yaml as settings of diffusers' DDIMScheduler, or SD1's. Raises ModelError."""
-    params = config["model"]["params"]
-    try:
-        ends = {"num_train_timesteps": int(params.get("timesteps", 1000)),
-                "beta_start": float(params.get("linear_start", 0.00085)),
-                "beta_end": float(params.get("linear_end", 0.012))}
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"The yaml's noise schedule is not made of numbers: {error}.",
-                         "Get the model's configuration again.", field="linear_start") from error
-    # LDM's "linear" is linear in sqrt(beta)
-    return {**ends, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
-            "steps_offset": 1, "prediction_type": "epsilon"}
-
-
-def _text_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """transformers' text configuration: the yaml's `text_config`, or what the shapes of CLIP-L's kind tell."""
-    stage = config["model"]["params"]["cond_stage_config"]
-    stated = stage.get("text_config") or (stage.get("params") or {}).get("text_config")
-    if stated:
-        return dict(stated)
-    vocabulary, width = tensors[f"{TEXT}embeddings.token_embedding.weight"].shape
-    if width % 64:
-        raise ModelError(
-            f"The text encoder is {width} wide, from which its number of heads cannot be told.",
-            "Add cond_stage_config.text_config with num_attention_heads to the yaml.", field="text_config",
-        )
-    layers = {int(m.group(1)) for key in tensors if (m := re.match(re.escape(TEXT) + r"encoder\.layers\.(\d+)\.", key))}
-    return {"vocab_size": vocabulary, "hidden_size": width, "projection_dim": width, "num_hidden_layers": len(layers),
-            "num_attention_heads": width // 64, "hidden_act": "quick_gelu",
-            "intermediate_size": tensors[f"{TEXT}encoder.layers.0.mlp.fc1.weight"].shape[0],
-            "max_position_embeddings": tensors[f"{TEXT}embeddings.position_embedding.weight"].shape[0],
-            "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
-
-
-def _filled(module: nn.Module, tensors: Mapping[str, Tensor], label: str) -> nn.Module:
-    """The module with these weights as float32. Raises ModelError naming what is missing, left over or misshapen."""
-    own = module.state_dict()
-    wrong = [f"{key} is missing" for key in own if key not in tensors]
-    wrong += [f"{key} is left over" for key in tensors if key not in own]
-    wrong += [f"{key} is {list(tensors[key].shape)} instead of {list(own[key].shape)}" for key in own
-              if key in tensors and tensors[key].shape != own[key].shape]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ModelError(f"The weights do not fit the {label} that the yaml describes: {'; '.join(wrong[:3])}{more}.",
-                         "File and yaml belong to different models: get both again.", field=label)
-    module.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
-    return module.eval()
-
-
-def _built(label: str, build: Any) -> nn.Module:
-    try:
-        # weights come from the file: none are drawn, and the caller's random numbers stay as they are
-        with torch.random.fork_rng(devices=[]):
-            return build()
-    except APLError:
-        raise
-    except Exception as error:  # both libraries raise what their dependencies raise, over settings they cannot use
-        raise ModelError(f"The yaml does not describe a {label}: {type(error).__name__} {error}.",
-                         "Compare it with LDM's v1-inference.yaml.", field=label) from error
-
-
-def read_ldm(path: str | Path) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(UNet2DConditionModel, AutoencoderKL, CLIPTextModel) of a file with its yaml beside it: float32, in eval mode.
-
-    Raises:
-        ModelError: the file is damaged, lacks parts, or does not fit its yaml.
-    """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.loaders import single_file_utils as convert
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    path = Path(path)
-    config = read_config(path)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"Cannot read {path.name}: {error}", "The file is damaged or incomplete: copy it again.",
-                         field="path") from error
-    for start, label in ((UNET, "UNet"), (VAE, "VAE"), (TEXT, "CLIP text encoder")):
-        if not any(key.startswith(start) for key in tensors):
-            raise ModelError(f"{path.name} has no {label} ({start}*).", "Supported: whole models of Stable Diffusion "
-                             "1.x under LDM names.", field=start.rstrip("."))
-
-    def unet() -> nn.Module:
-        settings = convert.create_unet_diffusers_config_from_ldm(config, tensors)
-        # diffusers guesses the picture size from the file's keys; the yaml knows it
-        settings["sample_size"] = int(config["model"]["params"].get("image_size", settings["sample_size"]))
-        with torch.device("meta"):
-            module = UNet2DConditionModel(**settings)
-        return _filled(module, convert.convert_ldm_unet_checkpoint(tensors, dict(module.config)), "UNet")
-
-    def vae() -> nn.Module:
-        settings = convert.create_vae_diffusers_config_from_ldm(config, tensors)
-        with torch.device("meta"):
-            module = AutoencoderKL(**settings)
-        return _filled(module, convert.convert_ldm_vae_checkpoint(tensors, dict(module.config)), "VAE")
-
-    def text() -> nn.Module:
-        module = CLIPTextModel(CLIPTextConfig(**_text_config(config, tensors)))
-        wrapped = "text_model." if hasattr(module, "text_model") else ""
-        found = convert.convert_ldm_clip_checkpoint({k: v for k, v in tensors.items() if k.startswith(TEXT)})
-        weights = {wrapped + key.removeprefix("text_model."): value for key, value in found.items()
-                   if not key.endswith("position_ids")}
-        return _filled(module, weights, "text encoder")
-
-    return _built("UNet", unet), _built("VAE", vae), _built("text encoder", text)

@@ -308,10 +308,6 @@ def rescheduled(**changes: object):
     return change
 
 
-def untokenized(folder: Path) -> None:
-    (folder / "tokenizer").rename(folder / "else")
-
-
 @pytest.mark.parametrize(("damage", "words"), [
     (replaced("model_index.json", b'{"_class_name": "StableDiffusionXLPipeline"}'), "is a StableDiffusionXLPipeline"),
     (replaced("model_index.json", b"{"), "Cannot read .*model_index.json"),
@@ -321,9 +317,8 @@ def untokenized(folder: Path) -> None:
     (replaced("vae/diffusion_pytorch_model.safetensors", b"\0" * 100), "Cannot read .*vae"),
     (replaced("unet/config.json", b"{"), "Cannot read .*unet"),
     (without_a_weight, "lacks 1 weights, .*final_layer_norm.weight first"),
-    (rescheduled(prediction_type="v_prediction"), "predicts v_prediction"),
+    (rescheduled(prediction_type="sample"), "predicts sample"),
     (rescheduled(num_train_timesteps=500), "500 timesteps"),
-    (untokenized, "There is no .*tokenizer"),
     (replaced("tokenizer/vocab.json", b"{"), "Cannot read .*tokenizer"),
 ])
 def test_unsound_folders_are_refused(folder: Path, damage, words: str) -> None:
@@ -340,17 +335,72 @@ def test_what_is_no_model_is_refused(tmp_path: Path, name: str, words: str) -> N
     (tmp_path / "model.onnx").write_bytes(b"x")
     with pytest.raises(ModelError, match=words) as caught:
         Backend.load(tmp_path / name)
-    assert "NAME.yaml and tokenizer/" in caught.value.hint
+    assert "Stable Diffusion 1.x" in caught.value.hint
 
 
-def test_a_single_file_needs_its_yaml_and_tokenizer(tmp_path: Path, models) -> None:
-    path = tmp_path / "tiny.safetensors"
-    write_safetensors(path, to_ldm(*models))
-    with pytest.raises(ModelError, match=r"no readable tiny\.yaml"):
-        Backend.load(path)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(ldm_config(*models)), "utf-8")
-    with pytest.raises(ModelError, match=r"There is no .*tokenizer"):
-        Backend.load(path)
+@pytest.mark.parametrize("form", ["single", "folder"])
+def test_without_a_tokenizer_clips_own_is_taken(form: str, tmp_path: Path, models, folder: Path) -> None:
+    path = folder
+    if form == "single":
+        path = tmp_path / "tiny.safetensors"
+        write_safetensors(path, to_ldm(*models))
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(ldm_config(*models)), "utf-8")
+    else:
+        (folder / "tokenizer").rename(folder / "else")
+    # ids of CLIP's published vocabulary
+    assert Backend.load(path).text.tokenize("a photo of a cat") == [320, 1125, 539, 320, 2368]
+
+
+def test_a_model_that_predicts_velocity_gives_the_same_noise(models, single: Path) -> None:
+    """The UNet's output read as v: eps by the definition of v, and pictures as diffusers' own scheduler makes them."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    plain = Backend.load(single)
+    parts = Parts(*models, plain.text.tokenizers["emb_params"], {**plain._scheduler.config, "prediction_type":
+                                                                 "v_prediction", "rescale_betas_zero_snr": True})
+    found = Backend(parts)
+    x, t, encoded = torch.cat([noise(1), noise(2)]), torch.tensor([10, 999]), found.encode(["k", "cat"])
+    with torch.no_grad():
+        eps, v = found.predict(x, t, encoded), found.unet(x, t, encoder_hidden_states=encoded.states).sample
+    scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False,
+                              steps_offset=1, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x0 = bar.sqrt() * x - (1 - bar).sqrt() * v
+    assert torch.allclose(bar.sqrt() * x0 + (1 - bar).sqrt() * eps, x, atol=1e-5)
+    pipe = StableDiffusionPipeline(found.vae, found.text.encoders["emb_params"], found.text.tokenizers["emb_params"],
+                                   found.unet, scheduler, None, None, requires_safety_checker=False)
+    expected = pipe("k", latents=noise(3), num_inference_steps=3, guidance_scale=3.0, output_type="latent").images
+    assert torch.allclose(found.sample(["k"], [3], steps=3, decode=False).latents, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_single_and_the_prefix_learns_in_it(single: Path, backend: Backend, dtype) -> None:
+    found = Backend.load(single, dtype=dtype)
+    assert next(found.text.encoders["emb_params"].parameters()).dtype == torch.float32
+    x, t, grads = torch.cat([noise(1), noise(2)]), torch.tensor([10, 900]), []
+    for each in (backend, found):
+        vectors = {key: value.requires_grad_() for key, value in prefix().items()}
+        eps = each.predict(x, t, each.encode(PROMPTS[:2], vectors))
+        assert eps.dtype == torch.float32
+        (eps.square().mean() / 4096).backward()  # small enough to vanish in fp16 by itself
+        grads.append(vectors["emb_params"].grad)
+    cosine = torch.nn.functional.cosine_similarity(*(g.flatten() for g in grads), dim=0)
+    assert float(cosine) > (0.97 if dtype == torch.bfloat16 else 0.999)
+    assert 0.9 < float(grads[1].norm() / grads[0].norm()) < 1.1
+    assert found.sample(PROMPTS[:1], [5], steps=2).images.shape == (1, 64, 64, 3)
+
+
+def test_checkpointing_and_offload_change_nothing_but_memory(single: Path, backend: Backend) -> None:
+    found = Backend.load(single, checkpointing=True, offload="all")
+    x, t, grads = noise(1), torch.tensor([500]), []
+    for each in (backend, found):
+        vectors = {key: value.requires_grad_() for key, value in prefix().items()}
+        each.predict(x, t, each.encode(PROMPTS[:1], vectors)).square().mean().backward()
+        grads.append(vectors["emb_params"].grad)
+    assert torch.allclose(*grads, rtol=1e-4, atol=1e-9)
+    assert any(m.gradient_checkpointing for m in found.unet.modules() if hasattr(m, "gradient_checkpointing"))
+    picture = np.zeros((1, 64, 64, 3), np.uint8)
+    assert torch.equal(found.to_latents(picture), backend.to_latents(picture))
 
 
 def test_parts_that_do_not_fit_are_refused(backend: Backend) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from apl_core.atomic import write_safetensors
 from apl_core.errors import ModelError
-from apl_train.single_file import ldm_config, read_config, read_ldm, schedule, to_ldm
+from apl_train.checkpoint import Checkpoint, open_checkpoint, read_ldm, schedule
+from apl_train.single_file import ldm_config, to_ldm
 
 pytest.importorskip("diffusers")
 
@@ -24,6 +25,10 @@ def written(folder: Path, unet, vae, text, change=lambda config: None, dtype=tor
     change(config)
     path.with_suffix(".yaml").write_text(yaml.safe_dump(config), "utf-8")
     return path
+
+
+def read(path: Path):
+    return read_ldm(open_checkpoint(path))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ SHAPES = [
 def test_round_trip_gives_equal_outputs(tmp_path: Path, unet: dict, vae: dict) -> None:
     before = tiny.unet(**unet), tiny.vae(**vae), tiny.text_encoder()
     state = torch.get_rng_state()
-    after = read_ldm(written(tmp_path, *before))
+    after = read(written(tmp_path, *before))
     assert torch.equal(torch.get_rng_state(), state)  # reading draws nothing from the caller's random numbers
     for old, new in zip(before, after, strict=True):
         tensors = new.state_dict()
@@ -112,7 +117,7 @@ def test_names_are_those_of_stable_diffusion_1() -> None:
 
 def test_half_precision_files_are_read_as_float32(tmp_path: Path, models) -> None:
     path = written(tmp_path, *models, dtype=torch.float16)
-    for old, new in zip(models, read_ldm(path), strict=True):
+    for old, new in zip(models, read(path), strict=True):
         tensors = new.state_dict()
         assert all(torch.equal(value.half().float(), tensors[key]) for key, value in old.state_dict().items())
 
@@ -121,7 +126,7 @@ def test_schedule_is_ldms(tmp_path: Path, models) -> None:
     from diffusers import DDIMScheduler
 
     path = written(tmp_path, *models, lambda c: c["model"]["params"].update(linear_start=0.001, linear_end=0.02))
-    found = DDIMScheduler(**schedule(read_config(path))).alphas_cumprod
+    found = DDIMScheduler(**schedule(open_checkpoint(path))).alphas_cumprod
     betas = torch.linspace(0.001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2  # ldm: make_beta_schedule("linear")
     assert torch.allclose(found.double(), torch.cumprod(1 - betas, 0), rtol=1e-4)
 
@@ -139,7 +144,7 @@ def test_text_config_may_stand_in_params_or_be_told_from_shapes(tmp_path: Path) 
         del config["model"]["params"]["cond_stage_config"]["text_config"]
 
     for change in (inside, absent):
-        found = read_ldm(written(tmp_path, *models, change))[2]
+        found = read(written(tmp_path, *models, change))[2]
         assert torch.equal(found(ids).last_hidden_state, wide(ids).last_hidden_state)
         assert found.config.eos_token_id == 49407
 
@@ -164,11 +169,11 @@ def setting(value: object, *keys: str):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: path.with_suffix(".yaml").unlink(), "no readable model.yaml beside model.safetensors"),
+        (lambda path: path.with_suffix(".yaml").unlink(), "no yaml beside it, and is 32 wide"),
         (lambda path: path.with_suffix(".yaml").write_text("a: [", "utf-8"), "model.yaml is not YAML"),
         (lambda path: path.with_suffix(".yaml").write_text("- 1", "utf-8"), "has no model.params.unet_config.params"),
         (setting(None, "cond_stage_config"), "has no model.params.cond_stage_config"),
-        (setting("v", "parameterization"), "parameterization: v"),
+        (setting("x0", "parameterization"), "parameterization: x0"),
         (setting([1, 2, 2], "unet_config", "params", "channel_mult"), "do not fit the UNet"),
         (setting("x", "unet_config", "params", "num_res_blocks"), "does not describe a UNet"),
         (setting(2, "first_stage_config", "params", "ddconfig", "num_res_blocks"), "do not fit the VAE"),
@@ -178,7 +183,7 @@ def setting(value: object, *keys: str):
         (setting(None, "cond_stage_config", "text_config"), "32 wide, from which its number of heads cannot be told"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "Cannot read model.safetensors"),
         (drop("cond_stage_model."), "no CLIP text encoder"),
-        (drop("first_stage_model."), "no VAE"),
+        (drop("first_stage_model."), "no VAE of its own"),
         (drop("model.diffusion_model.out.2"), "conv_out.weight is missing"),
         (drop("first_stage_model.decoder.mid.attn_1.q"), "to_q.weight is missing"),
     ],
@@ -187,14 +192,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, models, damage, words: str
     path = written(tmp_path, *models)
     damage(path)
     with pytest.raises(ModelError, match=words) as caught:
-        read_ldm(path)
+        read(path)
     assert caught.value.hint and caught.value.field
 
 
 @pytest.mark.parametrize("value", ["x", None])
 def test_schedule_of_no_numbers(value: object) -> None:
     with pytest.raises(ModelError, match="not made of numbers"):
-        schedule({"model": {"params": {"linear_start": value}}})
+        schedule(Checkpoint(Path("x"), {"model": {"params": {"linear_start": value}}}, None, {}, {}))
 
 
 def test_other_kinds_are_not_written(models) -> None:
