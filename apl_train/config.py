@@ -77,13 +77,15 @@ class TrainConfig:
     """Optimizer steps between saved levels (paper Fig. 6); each is a complete prefix file. 0 = none."""
     save_every: int = 200
     """Optimizer steps between saved training states."""
+    previews: int = 0
+    """Persons to draw without and with the prefix at step 0 and at every level, with their scores; 0 = none."""
     seed: int = 0
     """Seed of initialisation, sampling and noise."""
 
     def __post_init__(self) -> None:
         whole = (("num_tokens", 1, 64), ("steps", 1, 10_000_000), ("batch_size", 1, 1024), ("warmup", 0, 10_000_000),
                  ("low_t", 0, 999), ("high_t", 0, 999), ("bank", 0, 10_000_000), ("levels_every", 0, 10_000_000),
-                 ("save_every", 1, 10_000_000), ("seed", 0, 2**31 - 1))
+                 ("save_every", 1, 10_000_000), ("previews", 0, 64), ("seed", 0, 2**31 - 1))
         for field, low, high in whole:
             _check(field, getattr(self, field), int, low, high)
         for field, low, high in (("alpha", -10.0, 100.0), ("learning_rate", 1e-8, 10.0), ("id_share", 0.0, 1.0),

@@ -1,0 +1,53 @@
+"""Orders to a training: pause holds it, go on lets it go, stop and Ctrl-C end it, even in a pause."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from apl_train.control import FILE, VARIABLE, obeying
+
+
+def test_without_a_job_only_signals_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    asked = [False]
+    stop = obeying(lambda: asked[0], pytest.fail)
+    assert stop() is False
+    asked[0] = True
+    assert stop() is True
+
+
+def test_the_job_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    stop = obeying(lambda: False, pytest.fail)
+    assert stop() is False
+    (tmp_path / FILE).write_text("stop\n")
+    assert stop() is True
+
+
+@pytest.mark.parametrize(("then", "stops"), [("", False), ("stop", True), ("kill", True), ("another word", False)])
+def test_a_pause_lasts_until_another_word(tmp_path: Path, then: str, stops: bool) -> None:
+    told: list[str] = []
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            (tmp_path / FILE).write_text(then)
+
+    (tmp_path / FILE).write_text("pause")
+    assert obeying(lambda: False, told.append, tmp_path, wait)() is stops
+    assert told == ["paused", "continued"] and len(waited) == 3
+
+
+def test_ctrl_c_ends_a_pause(tmp_path: Path) -> None:
+    waited: list[float] = []
+    (tmp_path / FILE).write_text("pause")
+    assert obeying(lambda: len(waited) >= 2, lambda _: None, tmp_path, waited.append)() is True
+    assert len(waited) == 2
+
+
+def test_a_pause_that_is_taken_back_by_removing_the_file_ends(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("pause")
+    assert obeying(lambda: False, lambda _: None, tmp_path, lambda _: (tmp_path / FILE).unlink())() is False
