@@ -1,0 +1,158 @@
+"""ID-ACC in the WebUI: pictures against reference photos, and the tab "Identity check". The recogniser is `apl_core`'s.
+
+Nothing is installed or fetched from here: without a recogniser, the tab says in one line what the user can run.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..apl_core.errors import APLError, ScoreError
+
+THRESHOLD = 0.32
+KNOWN = ("auraface", "buffalo_l", "buffalo_s", "antelopev2")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Similarity of each picture's largest face to the references (NaN without a face), and what was measured by."""
+
+    similarities: tuple[float, ...]
+    threshold: float
+    recogniser: str
+
+    @property
+    def seen(self) -> list[float]:
+        """The similarities of the pictures that have a face."""
+        return [value for value in self.similarities if not math.isnan(value)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON: null for a picture without a face, which never counts as anonymized."""
+        seen = self.seen
+        return {"similarities": [None if math.isnan(value) else round(value, 5) for value in self.similarities],
+                "mean": round(sum(seen) / len(seen), 5) if seen else None,
+                "max": round(max(seen), 5) if seen else None,
+                "faces": len(seen), "images": len(self.similarities), "threshold": self.threshold,
+                "recognised": sum(value >= self.threshold for value in seen), "recogniser": self.recogniser}
+
+
+def settings() -> tuple[str, float]:
+    """(recogniser, threshold) of the settings page."""
+    from modules import shared
+
+    name = str(getattr(shared.opts, "apl_recogniser", "") or KNOWN[0])
+    value = getattr(shared.opts, "apl_threshold", THRESHOLD)
+    return name, float(value) if isinstance(value, int | float) else THRESHOLD
+
+
+def folder() -> Path:
+    """models/insightface beside the checkpoints, where other extensions have it too."""
+    from modules import paths_internal
+
+    return Path(paths_internal.models_path) / "insightface"
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, root: Path) -> Any:
+    from ..apl_core.identity import load_embedder
+    from ..apl_core.library import safe_name
+
+    pack = root / "models" / safe_name(name)
+    return load_embedder(pack / "recogniser.json" if (pack / "recogniser.json").is_file() else name, root)
+
+
+def score(images: Sequence[Any], references: Sequence[Any], threshold: float | None = None) -> Scores:
+    """Compare pictures with a person's reference photos (APL sec. 4.2).
+
+    Args:
+        images: uint8 [H, W, 3] RGB each.
+        references: the same; two or more give a steadier reference.
+        threshold: from which similarity on a face counts as recognised; the settings page's when None.
+
+    Raises:
+        ScoreError: no recogniser, or no reference has a face.
+    """
+    import numpy as np
+
+    from ..apl_core.id_scores import cosine, normalise, reference_embedding
+
+    name, customary = settings()
+    embedder = _loaded(name, folder())
+    faces = np.array([found[0].embedding for found in embedder.faces_of(list(references)) if found])
+    if not faces.size:
+        raise ScoreError("No face was found in the reference pictures.",
+                         "Use a sharp frontal picture in which the face takes a good part.", field="references")
+    target = reference_embedding(faces) if len(faces) > 1 else normalise(faces[0])
+    found = embedder.faces_of(list(images))
+    return Scores(tuple(float(cosine(each[0].embedding, target)) if each else math.nan for each in found),
+                  customary if threshold is None else float(threshold), embedder.name)
+
+
+def table(scores: Scores, labels: Sequence[str]) -> str:
+    """HTML: one row a picture, the threshold's line, the means."""
+    rows = []
+    for label, value in zip(labels, scores.similarities, strict=True):
+        verdict = "no face" if math.isnan(value) else (
+            f"{value:.3f} · " + ("recognised" if value >= scores.threshold else "not recognised"))
+        width = 0 if math.isnan(value) else max(0.0, min(1.0, value)) * 100
+        rows.append(f"<tr><td>{html.escape(label)}</td><td class='apl-bar'><i style='width:{width:.0f}%'></i>"
+                    f"<b style='left:{max(0.0, scores.threshold) * 100:.0f}%'></b></td><td>{verdict}</td></tr>")
+    found = scores.as_dict()
+    mean = "no face in any picture"
+    if found["mean"] is not None:
+        mean = f"mean {found['mean']:.3f}, highest {found['max']:.3f}"
+    return (f"<table class='apl-scores'>{''.join(rows)}</table><p>{html.escape(mean)} · {found['faces']} of "
+            f"{found['images']} pictures have a face · threshold {scores.threshold:g} · "
+            f"{html.escape(scores.recogniser)}</p>")
+
+
+def check(source: str, picture: Any, *references: Any) -> str:
+    """The tab's button: HTML with the scores, or a line that says what is missing."""
+    import numpy as np
+
+    from .compare import LAST
+
+    try:
+        given = [each for each in references if each is not None]
+        if not given:
+            raise ScoreError("There is no reference picture.", "Add at least one photo of the person.",
+                             field="references")
+        if source == "picture":
+            images, labels = ([picture], ["picture"]) if picture is not None else ([], [])
+        elif source == "pair":
+            images, labels = list(LAST.pair or ()), ["without the prefix", "with the prefix"]
+        else:
+            images = list(LAST.images)
+            labels = [f"picture {index + 1}" for index in range(len(images))]
+        if not images:
+            raise ScoreError("There is no picture to check.", "Generate one first, or add one here.", field="images")
+        arrays = [np.array(each.convert("RGB")) if hasattr(each, "convert") else np.asarray(each) for each in images]
+        return table(score(arrays, given), labels[: len(arrays)])
+    except APLError as error:
+        return f"<p class='apl-state apl-bad'>{html.escape(str(error))}</p>"
+
+
+def tab() -> Any:
+    """The gradio Blocks of the tab, built when the host asks."""
+    import gradio as gr
+
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.HTML(value="<p>How much do pictures resemble a person? Scores stay in this process; photos are not kept. "
+                "Use photos of people who agreed to it.</p>")
+        with gr.Row():
+            references = [gr.Image(label=f"Reference photo {index + 1}", type="numpy",
+                                   elem_id=f"apl_reference_{index + 1}") for index in range(3)]
+        with gr.Row():
+            source = gr.Radio(label="Check", choices=["last pictures", "pair", "picture"], value="last pictures",
+                              elem_id="apl_check_source")
+            picture = gr.Image(label="Picture", type="numpy", elem_id="apl_check_picture")
+        button = gr.Button("Check", elem_id="apl_check")
+        out = gr.HTML(value="", elem_id="apl_check_result")
+        button.click(fn=check, inputs=[source, picture, *references], outputs=[out])
+    return blocks
