@@ -28,6 +28,9 @@ COMMANDS = {
     "convert": "embeddings of other tools to prefix files and back (the only command that reads .pt)",
     "miniworld": "rebuild the miniature world, or measure it",
     "claims": "the project's targets: measured, short or not run",
+    "use": "copy a prefix into the folders that hosts read",
+    "publish": "write a copy of a prefix with title, author and licence in its metadata",
+    "ui": "the same in a page: make, watch, compare and share prefixes",
     "doctor": "what is installed, what is missing, and how to get it",
 }
 
@@ -94,6 +97,29 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p = parsers["claims"]
     p.add_argument("--rerun", type=str, default=None, help="measure the claim with this id again")
     p.add_argument("--docs", action="store_true", help="bring the tables of figures in README and docs up to date")
+    p = parsers["use"]
+    p.add_argument("file", type=str, help="prefix file or name; NAME@STEP for a level")
+    p.add_argument("--name", type=str, required=True, help="name to choose it by")
+    p.add_argument("--into", type=Path, nargs="+", default=[Path("embeddings")], help="folders to copy it into")
+    p.add_argument("--replace", action="store_true", help="replace another prefix of that name")
+    p = parsers["publish"]
+    p.add_argument("file", type=str, help="prefix file or name; NAME@STEP for a level")
+    p.add_argument("--out", type=Path, required=True, help="file to write")
+    p.add_argument("--title", type=str, required=True, help="what people call it")
+    p.add_argument("--author", type=str, default="", help="who made it")
+    p.add_argument("--license", type=str, default="", help="licence, such as CC-BY-4.0")
+    p.add_argument("--description", type=str, default="", help="a sentence for people")
+    p = parsers["ui"]
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
+    p.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="folders to look for checkpoints in")
+    p.add_argument("--host-embeddings", type=Path, default=None,
+                   help='an image program\'s embeddings folder, for "use this prefix"')
+    p.add_argument("--address", type=str, default="127.0.0.1", help="where to listen; this machine alone by default")
+    p.add_argument("--port", type=int, default=None, help="port; the first free one from 7860 on by default")
+    p.add_argument("--python", type=str, default=None, help="interpreter that trains; that of .venv by default")
+    p.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    p.add_argument("--allow-remote-train", action="store_true",
+                   help="let other machines start processes and name folders; set APL_UI_AUTH=user:password with it")
     parsers["doctor"]
     for name, parser in parsers.items():
         parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -225,6 +251,32 @@ def _run_claims(args: Namespace) -> int:
     rows = claims.read()
     _tell(args, {"claims": rows}, claims.table(rows))
     return 0
+
+
+def _run_use(args: Namespace) -> None:
+    from apl_core.sharing import use
+    from apl_train.shipped import prefix_file
+
+    files = use(prefix_file(args.file), args.into, args.name, replace=args.replace)
+    _tell(args, {"files": [str(p) for p in files]}, "\n".join(f"wrote {p}" for p in files))
+
+
+def _run_publish(args: Namespace) -> None:
+    from apl_core.sharing import publish
+    from apl_train.shipped import prefix_file
+
+    out = publish(prefix_file(args.file), args.out, title=args.title, author=args.author, license=args.license,
+                  description=args.description)
+    _tell(args, {"file": str(out)}, f"wrote {out}")
+
+
+def _run_ui(args: Namespace) -> None:
+    from apl_train.ui.alone import run
+
+    run(runs=args.runs, checkpoints=args.checkpoints, host_embeddings=args.host_embeddings, address=args.address,
+        port=args.port, python=args.python, open_browser=not args.no_browser, allow_remote=args.allow_remote_train,
+        tell=lambda where: _tell(args, {"address": where}, f"open {where} in a browser; Ctrl-C ends the page, not "
+                                                           "the runs that it started"))
 
 
 def _run_doctor(args: Namespace) -> None:

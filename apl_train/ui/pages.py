@@ -1,0 +1,305 @@
+"""What the page shows, as HTML text; every word that comes from a file is escaped here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from . import curves, jobs, thumbs
+from .desk import Said
+from .jobs import DONE, FAILED, LOST, QUEUED, RUNNING, STOPPED, Job
+from .place import Place
+from .runs import PAUSED, Preview, Run, training_folder
+
+STATES = {QUEUED: "waiting", RUNNING: "running", PAUSED: "paused", DONE: "done", STOPPED: "stopped, saved",
+          FAILED: "failed", LOST: "interrupted"}
+CODES = {
+    2: "A setting is wrong.", 3: "A prefix file could not be read.", 4: "A prompt and the prefix do not fit together.",
+    5: "Something is wrong with the pictures or their table.", 6: "The checkpoint could not be used.",
+    7: "Scores could not be computed.", 8: "A file could not be written, often a full disk.",
+    9: "The training could not go on; the last good state is kept.",
+    127: "The interpreter for training could not be started.",
+    -9: "The system ended the process, most often because memory ran out. Take a preset for less memory.",
+    -11: "The process crashed inside a library.", -6: "The process crashed inside a library.",
+}
+SHOWN_LEVELS = 6
+SCORE_FROM, SCORE_TO = 0.0, 0.8
+
+
+def style() -> str:
+    return f"<style>{Path(__file__).with_name('style.css').read_text(encoding='utf-8')}</style>"
+
+
+def body(*parts: str) -> str:
+    return f'<div class="apl-b">{"".join(parts)}</div>'
+
+
+def step(number: int, title: str, text: str) -> str:
+    """The heading of one step on the way to a prefix."""
+    return body(f'<div class="apl-step"><span class="n">{number}</span><div><h2>{escape(title)}</h2>'
+                f'<p class="apl-dim">{escape(text)}</p></div></div>')
+
+
+def heading(title: str, text: str) -> str:
+    return body(f"<h2>{escape(title)}</h2><p class='apl-dim'>{escape(text)}</p>")
+
+
+def said(what: Said | None) -> str:
+    return body(f'<div class="apl-said {what.tone}" role="status">{escape(what.text)}</div>') if what else ""
+
+
+def top(place: Place) -> str:
+    where = f" in {escape(place.host)}" if place.host else ""
+    return body('<div class="apl-top"><div><h1>Anonymization prompts</h1><p class="apl-dim">Learn a prefix that '
+                f"reduces recognisable likeness of named persons{where}, and look at what it does.</p></div></div>")
+
+
+def duration(seconds: float) -> str:
+    """ "about 4 min" for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def ago(then: float) -> str:
+    gap = time.time() - then
+    return "just now" if gap < 5 else f"{duration(gap)} ago"
+
+
+def pill(state: str) -> str:
+    return f'<span class="apl-pill apl-{state}">{STATES.get(state, state)}</span>'
+
+
+def bar(run: Run) -> str:
+    share = 100 * min(1.0, run.step / run.steps) if run.steps else 0.0
+    return f'<div class="apl-bar" title="{share:.0f}%"><i style="width:{share:.1f}%"></i></div>'
+
+
+def strip(active: Run | None, waiting: int) -> str:
+    """The one line above all screens: what runs now and how long it will take."""
+    if active is None:
+        return body('<div class="apl-strip"><span class="apl-dim">Nothing is running.</span></div>')
+    left = f"about {duration(active.left)} left" if active.left else _phase(active)
+    more = f'<span class="apl-dim">{waiting} waiting</span>' if waiting else ""
+    count = f"step {active.step:,} of {active.steps:,}" if active.steps else ""
+    return body(f'<div class="apl-strip"><b>{escape(active.name)}</b>{pill(active.state)}{bar(active)}'
+                f"<span>{count}</span><span>{left}</span>{more}</div>")
+
+
+def _phase(run: Run) -> str:
+    if run.state == PAUSED:
+        return "paused"
+    if run.job and run.job.control == "stop":
+        return "saving"
+    return "getting ready" if not run.losses else ""
+
+
+def run_list(found: Sequence[Run], waiting: Sequence[Job], selected: str) -> str:
+    """All runs: those that run or wait in their order, then the others, the newest first."""
+    if not found:
+        return body('<div class="apl-empty">No run yet. Start one under "New prefix".</div>')
+    order = {job.run.name: i for i, job in enumerate(waiting)}
+    rows = []
+    for run in sorted(found, key=lambda run: (order.get(run.name, len(order)), -run.changed)):
+        share = f"{100 * run.step // run.steps}%" if run.steps else ""
+        chosen = ' class="on"' if run.name == selected else ""
+        rows.append(f"<tr{chosen}><td><b>{escape(run.name)}</b></td><td>{pill(run.state)}</td><td>{share}</td>"
+                    f'<td class="apl-dim">{ago(run.changed)}</td></tr>')
+    return body(f'<div class="apl-scroll"><table class="apl-list">{"".join(rows)}</table></div>')
+
+
+def status(run: Run | None) -> str:
+    """State, figures and curves of the chosen run."""
+    if run is None:
+        return body('<div class="apl-empty">Choose a run, or start one under "New prefix".</div>')
+    head = (f'<div class="apl-top"><div><h2>{escape(run.name)} {pill(run.state)}</h2>'
+            f'<p class="apl-dim">{escape(_about(run))}</p></div></div>')
+    return body(head, crash(run), _tiles(run), _charts(run))
+
+
+def _about(run: Run) -> str:
+    c = run.config
+    words = [f"checkpoint {c['base_model']}" if c.get("base_model") else "",
+             f"{c.get('num_tokens')} vectors" if c.get("num_tokens") else "",
+             f"alpha {c.get('alpha')}" if c.get("alpha") is not None else "",
+             f"batch {c.get('batch_size')}" if c.get("batch_size") else ""]
+    return " · ".join(word for word in words if word) or "its settings are not written yet"
+
+
+def _tiles(run: Run) -> str:
+    tail = run.losses[-50:]
+    means = []
+    for column in (1, 2):
+        values = [row[column] for row in tail if row[column] is not None]
+        means.append(f"{sum(values) / len(values):.4f}" if values else "–")
+    left = duration(run.left) if run.left else ("–" if run.state != RUNNING else "soon known")
+    tiles = ((f"{run.step:,} / {run.steps:,}" if run.steps else "–", "steps"),
+             (f"{run.rate:.2f}" if run.rate else "–", "steps a second"), (left, "time left"),
+             (means[0], "L_ID, last 50 steps"), (means[1], "L_Reg, last 50 steps"))
+    cells = "".join(f'<div class="apl-tile"><b>{value}</b><span>{label}</span></div>' for value, label in tiles)
+    return f'{bar(run)}<div class="apl-tiles">{cells}</div>'
+
+
+def _charts(run: Run) -> str:
+    marks = [step for step in run.levels if step < run.steps]
+    parts = []
+    for column, title, about in ((1, "L_ID", "named persons: falls as the prefix learns"),
+                                 (2, "L_Reg", "everything else: has to stay low")):
+        points = [(row[0], row[column]) for row in run.losses if row[column] is not None]
+        chart = curves.loss_chart(f"{title} over steps", [(title, points)], run.steps,
+                                  colours=curves.COLOURS[column - 1 : column], marks=marks)
+        parts.append(f'<div class="apl-box"><h3>{title} <span class="apl-dim">{about}</span></h3>{chart}</div>')
+    return f'<div class="apl-charts">{"".join(parts)}</div>'
+
+
+def crash(run: Run) -> str:
+    """What ended a run that did not end well, with the last lines it printed."""
+    if run.state not in (FAILED, LOST):
+        return ""
+    code = run.job.code if run.job else None
+    if run.state == LOST:
+        why = "It was interrupted: the computer was switched off, or its process was ended from outside."
+    else:
+        why = CODES.get(code, "") if code is not None else ""
+    lines = jobs.log_lines(run.job, 12) if run.job else []
+    told = f"<p>{escape(run.error)}</p>" if run.error else ""
+    log = f'<pre class="apl-log">{escape(chr(10).join(lines))}</pre>' if lines else ""
+    number = f" (exit code {code})" if code is not None else ""
+    saved = f"Saved up to step {run.step:,} at most; Resume goes on from the last saved state." if run.step else ""
+    return (f'<div class="apl-crash" role="alert"><h2>This run {"was interrupted" if run.state == LOST else "failed"}'
+            f"{number}</h2><p>{escape(why)}</p>{told}{log}<p class='apl-dim'>{escape(saved)}</p></div>")
+
+
+def log(run: Run | None) -> str:
+    lines = jobs.log_lines(run.job) if run and run.job else []
+    return body(f'<pre class="apl-log">{escape(chr(10).join(lines)) or "nothing was printed yet"}</pre>')
+
+
+def previews(run: Run | None) -> str:
+    """Faces without and with the prefix, at step 0 and every level, with the score under each."""
+    if run is None or not run.previews:
+        waits = run is not None and run.state in (QUEUED, RUNNING, PAUSED)
+        text = "Pictures appear here at step 0 and at every saved level." if waits else "This run drew no pictures."
+        return body(f'<div class="apl-empty">{text}</div>') if run is not None else ""
+    steps = _spread(sorted(run.previews), SHOWN_LEVELS)
+    folder = training_folder(run.folder) / "previews"
+    heads = "".join(f"<th>step {step:,}</th>" for step in steps)
+    rows = []
+    for i, first in enumerate(run.previews[steps[0]]):
+        cells = [f'<td class="bare">{_face(folder, first.off, first.off_score)}</td>']
+        for step in steps:
+            shown = run.previews[step]
+            person = shown[i] if i < len(shown) and shown[i].name == first.name else None
+            cells.append(f"<td>{_face(folder, person.on, person.on_score) if person else ''}</td>")
+        rows.append(f'<tr><th class="who" scope="row">{escape(first.name)}<small>{escape(_split(first))}</small></th>'
+                    f'{"".join(cells)}</tr>')
+    scored = any(p.on_score is not None for step in steps for p in run.previews[step])
+    note = ("Under each face: likeness to the person, 1 = the same face, near 0 = a stranger." if scored else
+            "No face recogniser is installed for this checkpoint, so the faces carry no score.")
+    table = f'<table class="apl-faces"><tr><th></th><th class="bare">without</th>{heads}</tr>{"".join(rows)}</table>'
+    return body(f'<div class="apl-box"><h3>Same seeds, without and with the prefix</h3><div class="apl-scroll">{table}'
+                f'</div><p class="apl-dim">{note}</p></div>')
+
+
+def _split(person: Preview) -> str:
+    return {"train": "learned on", "test": "never seen in training"}.get(person.split, person.split)
+
+
+def _spread(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many, the first and the last among them."""
+    if len(steps) <= most:
+        return list(steps)
+    return sorted({steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)})
+
+
+def _face(folder: Path, name: str, score: float | None) -> str:
+    uri = thumbs.of_file(folder, name)
+    picture = f'<img src="{uri}" alt="">' if uri else '<img alt="no picture">'
+    if score is None:
+        return f'{picture}<span class="apl-dim">–</span>'
+    share = 100 * min(1.0, max(0.0, (score - SCORE_FROM) / (SCORE_TO - SCORE_FROM)))
+    colour = "var(--apl-warm)" if score >= 0.32 else "var(--apl-good)"
+    return (f'{picture}<div class="apl-meter"><i style="width:{share:.0f}%;background:{colour}"></i></div>'
+            f'<span class="apl-score">{score:.2f}</span>')
+
+
+def sheet(found: Sequence[thumbs.Card], total: int, title: str) -> str:
+    """A contact sheet: pictures with the two texts that are learned from."""
+    figures = []
+    for card in found:
+        picture = f'<img src="{card.uri}" alt="">' if card.uri else '<div class="none">no picture</div>'
+        texts = [f"<b>{escape(card.name)}</b>" if card.name else "", escape(card.prompt),
+                 f'<span class="apl-dim">{escape(card.description)}</span>' if card.description else ""]
+        figures.append(f'<figure>{picture}<figcaption>{"<br>".join(t for t in texts if t)}</figcaption></figure>')
+    return body(f"<h3>{escape(title)}: {len(found)} of {total:,} pictures</h3>"
+                f'<div class="apl-sheet">{"".join(figures)}</div>')
+
+
+def compared(a: Run | None, b: Run | None) -> str:
+    """Two runs side by side: what was set differently, both curves in one chart, last pictures, scores."""
+    if a is None or b is None:
+        return body('<div class="apl-empty">Choose two runs.</div>')
+    keys = [key for key in dict.fromkeys([*a.config, *b.config]) if key != "config_version"]
+    rows = "".join(
+        f'<tr><td class="apl-dim">{escape(key)}</td><td class="diff">{escape(str(a.config.get(key, "–")))}</td>'
+        f'<td class="diff">{escape(str(b.config.get(key, "–")))}</td></tr>'
+        for key in keys if a.config.get(key) != b.config.get(key)) or \
+        '<tr><td colspan="3" class="apl-dim">Both have the same settings.</td></tr>'
+    legend = "".join(f'<span class="apl-key" style="background:{colour}"></span>{escape(run.name)}'
+                     for run, colour in zip((a, b), curves.COLOURS, strict=False))
+    charts = []
+    for column, title in ((1, "L_ID"), (2, "L_Reg")):
+        lines = [(run.name, [(r[0], r[column]) for r in run.losses if r[column] is not None]) for run in (a, b)]
+        charts.append(f'<div class="apl-box"><h3>{title}</h3>'
+                      f"{curves.loss_chart(f'{title} of both runs', lines, max(a.steps, b.steps))}</div>")
+    scored = "".join(f"<tr><td class='apl-dim'>{label}</td><td>{one}</td><td>{two}</td></tr>"
+                     for label, one, two in _score_rows(a, b))
+    names = f"<tr><th></th><th>{escape(a.name)}</th><th>{escape(b.name)}</th></tr>"
+    tables = "".join(f'<div class="apl-box"><h3>{title}</h3><div class="apl-scroll"><table class="apl-list">{names}'
+                     f"{content}</table></div></div>"
+                     for title, content in (("What was set differently", rows), ("What came out", scored)))
+    return body(f'<div class="apl-charts">{tables}</div>',
+                f"<p>{legend}</p>", f'<div class="apl-charts">{"".join(charts)}</div>', _faces_of_both(a, b))
+
+
+def _score_rows(a: Run, b: Run) -> list[tuple[str, str, str]]:
+    rows = [("steps", f"{a.step:,}", f"{b.step:,}"), ("state", STATES[a.state], STATES[b.state])]
+    for label, split in (("likeness, persons learned on", "train"), ("likeness, persons never seen", "test")):
+        rows.append((label, *(_drawn(run, split) for run in (a, b))))
+    return rows
+
+
+def _drawn(run: Run, split: str) -> str:
+    """Mean score of the last pictures, without -> with."""
+    last = run.previews[max(run.previews)] if run.previews else ()
+    rows = [p for p in last if p.split == split]
+    off = [p.off_score for p in rows if p.off_score is not None]
+    on = [p.on_score for p in rows if p.on_score is not None]
+    if not off or not on:
+        return "not measured"
+    return f"{sum(off) / len(off):.2f} → <b>{sum(on) / len(on):.2f}</b> <span class='apl-dim'>n = {len(on)}</span>"
+
+
+def _faces_of_both(a: Run, b: Run) -> str:
+    if not a.previews or not b.previews:
+        return ""
+    last = [(run, run.previews[max(run.previews)], training_folder(run.folder) / "previews") for run in (a, b)]
+    rows = []
+    for i, person in enumerate(last[0][1]):
+        other = next((p for p in last[1][1] if p.name == person.name), None)
+        if other is None:
+            continue
+        rows.append(f'<tr><th class="who" scope="row">{escape(person.name)}<small>{escape(_split(person))}</small></th>'
+                    f'<td class="bare">{_face(last[0][2], person.off, person.off_score)}</td>'
+                    f"<td>{_face(last[0][2], person.on, person.on_score)}</td>"
+                    f"<td>{_face(last[1][2], other.on, other.on_score)}</td></tr>")
+        if i == 7:
+            break
+    if not rows:
+        return ""
+    heads = f'<tr><th></th><th class="bare">without</th><th>{escape(a.name)}</th><th>{escape(b.name)}</th></tr>'
+    return f'<div class="apl-box"><h3>Last pictures</h3><table class="apl-faces">{heads}{"".join(rows)}</table></div>'
