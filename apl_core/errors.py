@@ -52,6 +52,12 @@ class ConfigError(APLError):
     exit_code = 2
 
 
+class PolicyError(APLError):
+    """What was asked for is against the policy of the host, or the host cannot keep its policy."""
+
+    exit_code = 78
+
+
 class DatasetError(APLError):
     """A dataset row, column or image is wrong."""
 

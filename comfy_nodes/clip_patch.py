@@ -121,7 +121,7 @@ class Anonymizing:
         """
         layout = self.apl_layout
         chunks = self.apl_inner.tokenize_with_weights(text, True, **kwargs)
-        parts = [(_user_part(chunk, layout), len(chunk) + len(layout.rows)) for chunk in chunks]
+        parts = [(user_part(chunk, layout), len(chunk) + len(layout.rows)) for chunk in chunks]
         if len(parts) > 1 and layout.overflow != "chunk":
             items = [item for part, _ in parts for item in part]
             if layout.overflow == "trim":
@@ -138,7 +138,7 @@ class Anonymizing:
         return [(entry, "" if torch.is_tensor(entry[0]) else names[entry[0]]) for entry in token_weight_pair]
 
 
-def _user_part(chunk: Sequence[tuple], layout: Layout) -> list[tuple]:
+def user_part(chunk: Sequence[tuple], layout: Layout) -> list[tuple]:
     """The entries between the start and the end token of a chunk that the host's tokenizer made."""
     end = _index_of(layout.end, [entry[0] for entry in chunk])
     return list(chunk[1 : end if end > 0 else len(chunk)])
@@ -147,6 +147,7 @@ def _user_part(chunk: Sequence[tuple], layout: Layout) -> list[tuple]:
 def _wrapped(tokenizer: Any, layout: Layout) -> Any:
     inner = copy.copy(tokenizer)
     inner.max_length = layout.length - len(layout.rows)
+    inner.apl_bare = True  # a host in enforced mode puts its prefix into every tokenizer but these
     outer = copy.copy(tokenizer)
     kind = type(tokenizer)
     outer.__class__ = type(f"Anonymizing{kind.__name__}", (Anonymizing, kind), {})
@@ -156,14 +157,14 @@ def _wrapped(tokenizer: Any, layout: Layout) -> Any:
 
 def _guarded(process_tokens: Callable[..., Any], layout: Layout, encoder: str) -> Callable[..., Any]:
     def guarded(tokens: Sequence[Sequence[Any]], *args: Any, **kwargs: Any) -> Any:
-        return process_tokens([_carrying(row, layout, encoder) for row in tokens], *args, **kwargs)
+        return process_tokens([carry(row, layout, encoder) for row in tokens], *args, **kwargs)
 
     guarded.apl_plain = process_tokens  # type: ignore[attr-defined]
     guarded.apl_layout = layout  # type: ignore[attr-defined]
     return guarded
 
 
-def _carrying(row: Sequence[Any], layout: Layout, encoder: str) -> list[Any]:
+def carry(row: Sequence[Any], layout: Layout, encoder: str) -> list[Any]:
     """A row of tokens with the prefix in it, put in where it was missing; of the same length."""
     row = list(row)
     if layout.carries(row):

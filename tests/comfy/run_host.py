@@ -1,0 +1,59 @@
+"""Starts the host's main.py where torchvision or torchaudio do not fit the torch: `run_host.py HOST ARGS…`.
+
+Only what is missing is put in place; the arguments go to main.py.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import runpy
+import sys
+import types
+
+
+def _stand_in(name: str) -> None:
+    """A module whose attributes are empty classes."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.__path__ = []
+
+    def attribute(wanted: str) -> type:
+        if wanted.startswith("__"):
+            raise AttributeError(wanted)
+        return type(wanted, (), {})
+
+    module.__getattr__ = attribute
+    sys.modules[name] = module
+
+
+def fill_in() -> object:
+    """Returns what has to be kept alive: registered operators vanish with their library."""
+    import torch
+
+    torch.set_num_threads(1)
+    kept = None
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops"):
+            _stand_in(name)
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        kept = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            kept.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+            _stand_in(name)
+    return kept
+
+
+if __name__ == "__main__":
+    host = sys.argv[1]
+    KEPT = fill_in()
+    sys.argv = ["main.py", *sys.argv[2:]]
+    sys.path.insert(0, host)
+    runpy.run_path(f"{host}/main.py", run_name="__main__")
