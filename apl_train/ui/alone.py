@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .core import core
-from .place import Place, is_loopback, private_python
+from .place import ROOT, Place, is_loopback, private_python
 
 AUTH = "APL_UI_AUTH"
 """Variable with user:password for the page; never an option, which other users of the machine could read."""
@@ -26,8 +26,9 @@ def credentials() -> tuple[str, str] | None:
     return user, password
 
 
-def run(*, runs: Path, checkpoints: Sequence[Path], host_embeddings: Path | None, address: str, port: int | None,
-        python: str | None, open_browser: bool, allow_remote: bool, tell: Callable[[str], None]) -> None:
+def run(*, runs: Path, checkpoints: Sequence[Path], embeddings: Path | None, host_embeddings: Path | None,
+        address: str, port: int | None, python: str | None, open_browser: bool, allow_remote: bool,
+        tell: Callable[[str], None]) -> None:
     """Serves until Ctrl-C. Raises ConfigError where gradio is missing or the port is taken."""
     try:
         from .app import serve
@@ -38,7 +39,8 @@ def run(*, runs: Path, checkpoints: Sequence[Path], host_embeddings: Path | None
         ) from error
     auth = credentials()
     place = Place(runs=runs, python=python or private_python(), checkpoints=tuple(checkpoints),
-                  host_embeddings=host_embeddings, may_start=is_loopback(address) or allow_remote)
+                  embeddings=embeddings or ROOT / "embeddings", host_embeddings=host_embeddings,
+                  may_start=is_loopback(address) or allow_remote)
     try:
         _, local, _ = serve(place, address=address, port=port, open_browser=open_browser, auth=auth, quiet=True)
     except OSError as error:
