@@ -1,0 +1,170 @@
+"""Finding a WebUI, starting it on the CPU with the miniature checkpoint, and talking to it over HTTP.
+
+`WEBUI_DIR` names its folder and `WEBUI_PYTHON` its interpreter; without them, ~/.cache/apl-hosts/webui and the .venv in
+it. `setup_host.py` must have been run for that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DEFAULT = Path("~/.cache/apl-hosts/webui").expanduser()
+PROBE = "apl-test-probe"
+OPTIONS = {"live_previews_enable": False, "show_progress_type": "Approx cheap", "samples_save": False,
+           "grid_save": False, "use_old_emphasis_implementation": False, "CLIP_stop_at_last_layers": 1,
+           "emphasis": "Original", "comma_padding_backtrack": 20, "persistent_cond_cache": True,
+           "sd_model_checkpoint": "miniature-sd1.safetensors"}
+
+
+def host_folder() -> Path | None:
+    """The host's folder, or None. An explicit WEBUI_DIR that holds none is an error, not a reason to skip."""
+    named = os.environ.get("WEBUI_DIR", "")
+    folder = Path(named).expanduser() if named else DEFAULT
+    if (folder / "modules" / "processing.py").is_file():
+        return folder
+    if named:
+        raise FileNotFoundError(f"WEBUI_DIR is {named}, which holds no WebUI")
+    return None
+
+
+def host_python(folder: Path) -> str:
+    """The interpreter that the host runs with."""
+    inside = folder / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return os.environ.get("WEBUI_PYTHON") or (str(inside) if inside.is_file() else sys.executable)
+
+
+@dataclass
+class Server:
+    """A running host."""
+
+    url: str
+    folder: Path
+    probe: Path
+    log: Path
+    process: subprocess.Popen
+
+    def call(self, path: str, body: Any = None, *, headers: dict[str, str] | None = None,
+             timeout: float = 300) -> tuple[int, Any]:
+        """(status, JSON or text): a POST where there is a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **(headers or {})})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            text = error.read().decode("utf-8", "replace")
+            try:
+                return error.code, json.loads(text)
+            except ValueError:
+                return error.code, text
+
+    def txt2img(self, **fields: Any) -> tuple[int, Any]:
+        """A one-step 64 x 64 picture with a fixed seed, but for `fields`."""
+        body = {"prompt": "", "steps": 1, "width": 64, "height": 64, "seed": 7, "cfg_scale": 7.0,
+                "sampler_name": "Euler", **fields}
+        return self.call("/sdapi/v1/txt2img", body)
+
+    def clear(self) -> None:
+        """Forget what the probe wrote."""
+        for file in self.probe.glob("[0-9]*.safetensors"):
+            file.unlink()
+
+    def conds(self) -> list[dict[str, Any]]:
+        """What the jobs since `clear` sampled with, oldest first: name to tensor, and "notes"."""
+        found = []
+        for file in sorted(self.probe.glob("[0-9]*.safetensors")):
+            with safe_open(file, "pt") as held:
+                notes = json.loads((held.metadata() or {}).get("notes", "{}"))
+                found.append({**{key: held.get_tensor(key) for key in held.keys()}, "notes": notes})  # noqa: SIM118
+        return found
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool = True, wait: float = 400,
+            options: dict[str, Any] | None = None, ui: bool = False) -> Iterator[Server]:
+    """A host with these arguments, ended afterwards; ready when it has loaded the checkpoint.
+
+    Raises:
+        RuntimeError: it ended or did not answer in `wait` seconds; the end of its log is in the message.
+    """
+    folder = host_folder()
+    if folder is None:
+        raise FileNotFoundError("no WebUI")
+    link = folder / "extensions" / PROBE
+    if link.is_symlink():
+        link.unlink()
+    if probe:
+        link.symlink_to(HERE / "probe", target_is_directory=True)
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="apl-webui-") as made:
+        work = Path(made)
+        (work / "config.json").write_text(json.dumps({**OPTIONS, **(options or {})}), "utf-8")
+        keep = {key: value for key, value in os.environ.items()
+                if key not in ("PYTHONPATH", "PYTHONHOME", "APL_POLICY")}
+        command = [host_python(folder), "-u", "launch.py", "--skip-prepare-environment", "--skip-torch-cuda-test",
+                   "--use-cpu", "all", "--no-half", "--precision", "full", "--no-download-sd-model",
+                   "--do-not-download-clip", "--no-hashing", "--disable-safe-unpickle", "--api", "--server-name",
+                   "127.0.0.1", "--port", str(port), "--ui-settings-file", str(work / "config.json"),
+                   "--ui-config-file", str(work / "ui-config.json"), *([] if ui else ["--nowebui"]), *arguments]
+        log = work / "log.txt"
+        (work / "probe").mkdir()
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=keep | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
+                            "OMP_NUM_THREADS": "1", "APL_PROBE": str(work / "probe")} | (environ or {}))
+        server = Server(f"http://127.0.0.1:{port}", folder, work / "probe", log, process)
+        try:
+            _wait(server, wait)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(20)
+            if probe:
+                link.unlink(missing_ok=True)
+
+
+def _wait(server: Server, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        code = server.process.poll()
+        if code is not None:
+            raise RuntimeError(f"the host ended with {code}:\n{tail(server.log)}")
+        with contextlib.suppress(OSError):
+            status, found = server.call("/sdapi/v1/options", timeout=5)
+            if status == 200 and found:
+                return
+        time.sleep(1)
+    raise RuntimeError(f"the host did not answer in {seconds:.0f} s:\n{tail(server.log)}")
+
+
+def tail(log: Path, size: int = 4000) -> str:
+    """The end of a log."""
+    return log.read_text("utf-8", "replace")[-size:]
