@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .atomic import write_bytes
-from .errors import PrefixFileError
+from .errors import ModelError, PrefixFileError
 from .families import FAMILIES, family_of_architecture, supported_layouts
 from .metadata import PrefixMetadata, content_hash, parse_header, standard_widths
 from .prefix import (
@@ -31,6 +31,7 @@ from .prefix import (
 TARGETS = ("a1111", "diffusers", "kohya", "forge-flux")
 _IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"\xff\x0a", b"\x00\x00\x00\x0cJXL")
 _ALIASES = {"t5": "t5xxl", "emp_params": "emb_params"}
+_TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.", "_codecs.encode")
 _log = logging.getLogger("apl")
 
 
@@ -84,6 +85,48 @@ def _unpickle(data: bytes, name: str) -> Any:
         raise _unreadable(name, error) from error
     except Exception as error:  # a hostile pickle can make the reader fail in any way
         raise _unreadable(name, error) from error
+
+
+class _Ignored:
+    """Stands where a checkpoint keeps its trainer's own objects: it takes anything and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a whole model in a pickle (`.ckpt`), by name; nothing in it is run.
+
+    Trainers keep objects of their own beside the weights; those of known makers are passed over, others refused.
+
+    Raises:
+        ModelError: it cannot be read, asks to run code, or holds no named tensors.
+    """
+    path = Path(path)
+    hint = "Get the model as .safetensors; do not open this file with other tools."
+    try:
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        if strange := [name for name in asked if not name.startswith(_TRAINERS)]:
+            raise ModelError(f"{path.name} asks to run code of its own ({strange[0]}); it was not run.", hint,
+                             field="base_model")
+        with torch.serialization.safe_globals([(_Ignored, name) for name in asked]):
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror or error}.", "Check the path.",
+                         field="base_model") from error
+    except Exception as error:  # a hostile pickle can make the reader fail in any way
+        first = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ModelError(f"{path.name} is no readable checkpoint: {first}", hint, field="base_model") from error
+    inner = value.get("state_dict", value) if isinstance(value, Mapping) else {}
+    found = {str(key): item for key, item in inner.items() if isinstance(item, torch.Tensor)}
+    if not found:
+        raise ModelError(f"{path.name} holds no named tensors.", "Use a whole model.", field="base_model")
+    return found
 
 
 def _unreadable(name: str, error: Exception) -> PrefixFileError:

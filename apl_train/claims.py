@@ -28,6 +28,7 @@ PREFIX = "apl miniworld prefix"
 FIGURES = "apl miniworld figures"
 RESUME = "python -m pytest tests/world/test_resume.py"
 DEMO = "python install.py demo"
+REAL = "python benchmarks/real_sd15.py"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ TARGETS: dict[str, Target] = {
     "demo-drop": Target("demo's own prefix: its drop / the shipped one's", ">= 0.80", DEMO),
     "kill-resume": Target("20 steps = 10 + kill -9 + 10, equal runs of 20 kill points", ">= 20", RESUME),
     "no-reg": Target("without regularisation: persons or faces in non-face pictures", ">= 0.10", FIGURES),
+    "real-gradient": Target("SD1.5 at full size: prefix gradient off a reference, parts per million", "<= 10", REAL,
+                            "real"),
+    "real-forms": Target("SD1.5 at full size: single file's predictions off the folder's", "<= 0.0", REAL, "real"),
+    "real-memory": Target("SD1.5 at full size: memory estimate off the measured peak", "<= 0.15", REAL, "real"),
     "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIGURES),
 }
 

@@ -16,16 +16,20 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from apl_core.errors import APLError, ConfigError
+from apl_train import cli_make
 from apl_train import config as configs
 
 COMMANDS = {
     "demo": "train a prefix on the shipped miniature world, score it and write a report to look at",
+    "make": "from a checkpoint to an installed prefix: generate, validate, cache, train, score, install",
+    "generate": "pictures to learn from: S_ID of named persons, S_Reg of things and unnamed ones",
+    "validate": "everything wrong with a dataset, before any work is done on it",
     "train": "learn a prefix (equations 2-7)",
     "resume": "go on with an interrupted training",
     "sample": "pictures without and with a prefix, at equal seeds",
     "score": "ID-ACC, faces, attributes and drift of a prefix",
     "inspect": "what a prefix file says of itself",
-    "convert": "embeddings of other tools to prefix files and back (the only command that reads .pt)",
+    "convert": "embeddings of other tools to prefix files and back, .ckpt models to .safetensors (alone reads pickles)",
     "miniworld": "rebuild the miniature world, or measure it",
     "claims": "the project's targets: measured, short or not run",
     "use": "copy a prefix into the folders that hosts read",
@@ -51,10 +55,12 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--preset", type=str, default="fast",
                    help=f"where settings start from: {', '.join(configs.preset_names())}")
     p.add_argument("--run", type=Path, default=Path("runs/train"), help="folder of the run")
+    p.add_argument("--dry-run", action="store_true", help="estimate memory, measure one step, and stop")
     p.add_class_arguments(configs.TrainConfig)
     p.set_defaults({k: v for k, v in defaults.items() if k != "config_version"})
+    cli_make.add_options(parsers)
     p = parsers["resume"]
-    p.add_argument("run", type=Path, help="folder of the run")
+    p.add_argument("run", type=Path, help="folder of the run, of `apl train` or of `apl make`")
     p.add_argument("--allow-changed", action="store_true", help="go on although the model or the data changed")
     p = parsers["sample"]
     p.add_argument("--prompt", type=str, nargs="+", required=True, help="one or more prompts")
@@ -112,6 +118,8 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p = parsers["ui"]
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
     p.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="folders to look for checkpoints in")
+    p.add_argument("--embeddings", type=Path, default=None,
+                   help='where "use this prefix" copies to; the project\'s embeddings folder by default')
     p.add_argument("--host-embeddings", type=Path, default=None,
                    help='an image program\'s embeddings folder, for "use this prefix"')
     p.add_argument("--address", type=str, default="127.0.0.1", help="where to listen; this machine alone by default")
@@ -139,6 +147,8 @@ def _preset_of(argv: list[str]) -> dict[str, Any]:
 
 
 def _tell(args: Namespace, result: dict[str, Any], text: str) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of several processes under `accelerate launch` one speaks
+        return
     print(json.dumps(result, ensure_ascii=False, indent=2) if args.json else text, flush=True)
 
 
@@ -154,14 +164,32 @@ def _run_demo(args: Namespace) -> None:
     _tell(args, result, text)
 
 
+def _run_make(args: Namespace) -> None:
+    cli_make.make(args, _tell)
+
+
+def _run_generate(args: Namespace) -> None:
+    cli_make.generate(args, _tell)
+
+
+def _run_validate(args: Namespace) -> int:
+    return cli_make.run_validate(args, _tell)
+
+
 def _run_train(args: Namespace) -> None:
     config = _train_config(args)  # before the imports, which take seconds
+    if args.dry_run:
+        cli_make.dry_run(args, config, _tell)
+        return
     from apl_train.training import train
 
     _done(args, train(args.run, config), args.run)
 
 
 def _run_resume(args: Namespace) -> None:
+    if (args.run / "make.json").exists():
+        cli_make.make(Namespace(run=args.run, go_on=True, estimate=False, json=args.json), _tell)
+        return
     from apl_train.training import resume
 
     _done(args, resume(args.run, allow_changed=args.allow_changed), args.run)
@@ -209,6 +237,9 @@ def _run_convert(args: Namespace) -> None:
     from apl_core import convert
     from apl_core.prefix import save_prefix
 
+    if cli_make.is_checkpoint(args.file):
+        cli_make.convert_checkpoint(args, _tell)
+        return
     prompt = convert.read_foreign(args.file)
     if args.to:
         convert.export(prompt, args.out, args.to)
@@ -273,8 +304,9 @@ def _run_publish(args: Namespace) -> None:
 def _run_ui(args: Namespace) -> None:
     from apl_train.ui.alone import run
 
-    run(runs=args.runs, checkpoints=args.checkpoints, host_embeddings=args.host_embeddings, address=args.address,
-        port=args.port, python=args.python, open_browser=not args.no_browser, allow_remote=args.allow_remote_train,
+    run(runs=args.runs, checkpoints=args.checkpoints, embeddings=args.embeddings,
+        host_embeddings=args.host_embeddings, address=args.address, port=args.port, python=args.python,
+        open_browser=not args.no_browser, allow_remote=args.allow_remote_train,
         tell=lambda where: _tell(args, {"address": where}, f"open {where} in a browser; Ctrl-C ends the page, not "
                                                            "the runs that it started"))
 

@@ -115,7 +115,7 @@ def read_parts(source: str | Path, *, dtype: torch.dtype = torch.float32, vae: s
     else:
         found = ldm.open_checkpoint(path)
         beside = path.parent / "tokenizer"
-        tokenizer = _read_tokenizer(beside if beside.is_dir() else TOKENIZER)
+        tokenizer = read_tokenizer(beside if beside.is_dir() else TOKENIZER)
         modules = ldm.read_ldm(found, dtype, meta=meta, own_vae=other is None)
         parts, files = (*modules, tokenizer, ldm.schedule(found), path.stem), [path]
     unet, own, text, tokenizer, schedule, name = parts
@@ -139,7 +139,7 @@ def _read_folder(folder: Path, dtype: torch.dtype, own_vae: bool, meta: bool) ->
     text = _read_part(CLIPTextModel, folder / "text_encoder", torch.float32, meta)
     vae = _read_part(AutoencoderKL, folder / "vae", dtype, meta) if own_vae else None
     beside = folder / "tokenizer"
-    tokenizer = _read_tokenizer(beside if beside.is_dir() else TOKENIZER)
+    tokenizer = read_tokenizer(beside if beside.is_dir() else TOKENIZER)
     parts = _PARTS if own_vae else _PARTS[:2]
     files = sorted(file for part in parts for file in (folder / part).glob("*.safetensors"))
     return (unet, vae, text, tokenizer, schedule, folder.resolve().name), files
@@ -206,7 +206,8 @@ def _shapes_of(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype).eval()
 
 
-def _read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The CLIPTokenizer of a folder with vocab.json and merges.txt. Raises ModelError."""
     from transformers import CLIPTokenizer
 
     try:
