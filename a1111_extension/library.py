@@ -72,5 +72,7 @@ def unfit_reason(entry: Entry, level: int | None = None) -> str:
 
 
 def first_fitting(found: Sequence[Entry]) -> str:
-    """The entry to preselect: one that fits the loaded model, else the first; "" where there is none."""
-    return next((entry.name for entry in found if not unfit_reason(entry)), found[0].name if found else "")
+    """The entry to preselect: one that fits the loaded model, the user's own before those shipped; "" where none is."""
+    own = own_folder()
+    ordered = sorted(found, key=lambda entry: (entry.path.parent != own, bool(entry.problem)))
+    return next((entry.name for entry in ordered if not unfit_reason(entry)), ordered[0].name if ordered else "")
