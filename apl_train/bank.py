@@ -3,29 +3,31 @@
 eps(c1) and eps(c2) do not depend on the prefix. `FreshTargets` computes them every step; `TargetBank` computes them
 once for a fixed set of (picture, timestep, noise) tuples, stores both (so alpha stays free) and shares them between
 runs: sweeps over m, alpha, learning rate and seed then pay for the prefixed prediction only.
+
+Under `accelerate launch` every process draws the same global batch and keeps its own rows of it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apl_core.atomic import write_safetensors
+from apl_core.errors import ConfigError
 from apl_train.backend import Backend
 from apl_train.config import TrainConfig
+from apl_train.processes import Processes, this_process
 from apl_train.samples import TrainingSet
+from apl_train.shards import SIZE, Progress, Rows, ShardStore, fingerprint
 from apl_train.state import seed_of, step_generator
 
-_log = logging.getLogger("apl.bank")
-Progress = Callable[[int, int], None]
+VERSION = 1
+_PASS = 8 * 64 * 64
+"""Latent places in one pass of the bank: eight pictures of 512 x 512, which fit beside the model in 8 GB."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Batch:
     """One optimizer step's input; the first `n_id` rows are of S_ID.
 
     rows: indices into the training set, int64 [N];  t: int64 [N];  x_t: noisy latents float32 [N, 4, h, w];
-    eps_c1, eps_c2: frozen predictions without prefix, float32 [N, 4, h, w] (equal for S_Reg rows).
+    eps_c1, eps_c2: frozen predictions without prefix, float32 [N, 4, h, w] (equal for S_Reg rows);
+    total: rows of the step over all processes, N where there is one.
     """
 
     rows: Tensor
@@ -42,6 +45,7 @@ class Batch:
     eps_c1: Tensor
     eps_c2: Tensor
     n_id: int
+    total: int
 
 
 def draw_rows(data: TrainingSet, config: TrainConfig, g: torch.Generator, count: int) -> Tensor:
@@ -63,6 +67,12 @@ def draw_times(config: TrainConfig, g: torch.Generator, count: int) -> Tensor:
     return torch.randint(config.low_t, config.high_t + 1, (count,), generator=g)
 
 
+class Targets(Protocol):
+    """Gives the batch of every optimizer step, the same one whenever it is asked."""
+
+    def batch(self, step: int) -> Batch: ...
+
+
 def add_noise(latents: Tensor, noise: Tensor, t: Tensor, alphas_bar: Tensor) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (DDPM forward process). float32 [N, 4, h, w]."""
     a = alphas_bar[t].view(-1, 1, 1, 1)
@@ -75,7 +85,7 @@ def frozen_predictions(
 ) -> tuple[Tensor, Tensor]:
     """eps(c1) and eps(c2) without prefix, both from one batch; rows with c1 = c2 are predicted once."""
     twice = torch.tensor([i for i, r in enumerate(rows.tolist()) if data.c1[r] != data.c2[r]], dtype=torch.int64)
-    states = data.plain_states(backend, [data.c1[r] for r in rows] + [data.c2[int(rows[i])] for i in twice])
+    states = data.plain_states([data.c1[r] for r in rows] + [data.c2[int(rows[i])] for i in twice])
     eps = backend.predict(torch.cat([x_t, x_t[twice]]), torch.cat([t, t[twice]]), states).float()
     first, second = eps[: len(rows)], eps[: len(rows)].clone()
     second[twice] = eps[len(rows):]
@@ -85,71 +95,71 @@ def frozen_predictions(
 class FreshTargets:
     """New pictures, timesteps and noise every step, from the step's own generator."""
 
-    def __init__(self, backend: Backend, data: TrainingSet, config: TrainConfig) -> None:
+    def __init__(self, backend: Backend, data: TrainingSet, config: TrainConfig, *,
+                 processes: Processes | None = None) -> None:
         self._backend, self._data, self._config = backend, data, config
+        self._processes = processes or this_process()
 
     def batch(self, step: int) -> Batch:
         g = step_generator(self._config.seed, step)
         rows = draw_rows(self._data, self._config, g, self._config.batch_size)
         t = draw_times(self._config, g, len(rows))
-        x0 = self._data.latents[rows]
-        x_t = add_noise(x0, torch.randn(x0.shape, generator=g), t, self._backend.alphas_bar)
+        noise = torch.randn((len(rows), *self._data.latents.shape[1:]), generator=g)
+        mine = torch.tensor(self._processes.share(range(len(rows))))
+        rows, t, total = rows[mine], t[mine], len(rows)
+        x_t = add_noise(self._data.latents[rows], noise[mine], t, self._backend.alphas_bar)
         e1, e2 = frozen_predictions(self._backend, self._data, rows, t, x_t)
-        return Batch(rows, t, x_t, e1, e2, self._data.count_id(rows))
+        return Batch(rows, t, x_t, e1, e2, self._data.count_id(rows), total)
 
 
 class TargetBank:
-    """A stored set of tuples; a step draws from it. The file is keyed by everything that its content depends on."""
+    """A stored set of tuples; a step draws from it. Its folder is keyed by everything that the content depends on."""
 
-    def __init__(self, backend: Backend, data: TrainingSet, config: TrainConfig, folder: Path,
-                 progress: Progress | None = None) -> None:
+    def __init__(self, backend: Backend, data: TrainingSet, config: TrainConfig, cache: Path, *,
+                 progress: Progress | None = None, stop: Callable[[], bool] | None = None,
+                 processes: Processes | None = None) -> None:
+        """Raises TrainingStopped when `stop()` said so; what was computed until then is kept."""
         self._backend, self._data, self._config = backend, data, config
-        key = [backend.sha256, data.sha256, config.bank, config.low_t, config.high_t, list(data.latents.shape[1:])]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-        self.path = folder / f"bank-{name}.safetensors"
-        self._content = self._load() or self._build(progress)
+        self._processes = processes or this_process()
+        made_by = fingerprint(VERSION, backend.sha256, str(getattr(backend, "dtype", torch.float32)), data.sha256,
+                              config.low_t, config.high_t, list(data.latents.shape[1:]))
+        whole = -(-config.bank // SIZE) * SIZE  # whole shards, so that a larger bank begins like a smaller one
+        self.folder = cache / "bank" / made_by
+        self._tuples: Rows = ShardStore(self.folder).rows(
+            [f"{i}" for i in range(whole)], self._make, progress=progress, stop=stop, processes=self._processes)
+        every = torch.arange(config.bank)
+        self._rows, self._t, self._seeds = (self._tuples.take(name, every) for name in ("rows", "t", "seeds"))
         allowed = set(data.id_rows.tolist())
-        rows = self._content["rows"].tolist()
+        rows = self._rows.tolist()
         kinds = [data.kinds[r] for r in rows]
-        every = torch.arange(len(rows))
         self._pools = {k: every[[kind == k for kind in kinds]] for k in ("face", "nonface")}
         self._pools["id"] = every[[kind == "id" and r in allowed for kind, r in zip(kinds, rows, strict=True)]]
+        for row in {r for pool in (data.id_rows, data.face_rows, data.nonface_rows) for r in pool.tolist()[:1]}:
+            if not len(self._pools[data.kinds[row]]) and (data.kinds[row] == "id" or not config.no_reg):
+                raise ConfigError(f"bank is {config.bank}, too small to hold a tuple of each kind.",
+                                  "Use 1000 or more.", field="bank")
 
-    def _load(self) -> dict[str, Tensor] | None:
-        if not self.path.exists():
-            return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return {k: file.get_tensor(k) for k in ("rows", "t", "seeds", "eps_c1", "eps_c2")}
-        except (SafetensorError, OSError) as error:
-            _log.warning("%s is damaged (%s); it is built again", self.path.name, error)
-            return None
-
-    def _noise(self, seeds: list[int]) -> Tensor:
+    def _noise(self, seeds: Sequence[int]) -> Tensor:
         shape = self._data.latents.shape[1:]
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
-    def _build(self, progress: Progress | None) -> dict[str, Tensor]:
-        total, parts = self._config.bank, {k: [] for k in ("rows", "t", "seeds", "eps_c1", "eps_c2")}
-        for start in range(0, total, 32):
-            count = min(32, total - start)
-            g = step_generator(seed_of("bank") % 2**31, start)
-            # half S_ID, half S_Reg whatever a run's own share is; every person of S_ID, whatever a run's subset is
-            pools = [self._data.every_id_row if i % 2 else (self._data.face_rows, self._data.nonface_rows)[i // 2 % 2]
-                     for i in range(count)]
-            pools = [p if len(p) else self._data.every_id_row for p in pools]
-            rows = torch.tensor([int(p[int(torch.randint(len(p), (), generator=g))]) for p in pools])
-            t = draw_times(self._config, g, count)
-            seeds = torch.tensor([seed_of("bank-noise", start + i) for i in range(count)])
-            x_t = add_noise(self._data.latents[rows], self._noise(seeds.tolist()), t, self._backend.alphas_bar)
-            e1, e2 = frozen_predictions(self._backend, self._data, rows, t, x_t)
-            for k, v in (("rows", rows), ("t", t), ("seeds", seeds), ("eps_c1", e1.half()), ("eps_c2", e2.half())):
-                parts[k].append(v)
-            if progress:
-                progress(min(total, start + 32), total)
-        content = {k: torch.cat(v) for k, v in parts.items()}
-        write_safetensors(self.path, content)
-        return content
+    def _make(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """One shard, from the generator of its first tuple: a rebuilt one equals the lost one."""
+        start, count = positions[0], len(positions)
+        g = step_generator(seed_of("bank") % 2**31, start)
+        # half S_ID, half S_Reg whatever a run's own share is; every person of S_ID, whatever a run's subset is
+        pools = [self._data.every_id_row if i % 2 else (self._data.face_rows, self._data.nonface_rows)[i // 2 % 2]
+                 for i in range(count)]
+        pools = [p if len(p) else self._data.every_id_row for p in pools]
+        rows = torch.tensor([int(p[int(torch.randint(len(p), (), generator=g))]) for p in pools])
+        t = draw_times(self._config, g, count)
+        seeds = torch.tensor([seed_of("bank-noise", start + i) for i in range(count)])
+        x_t = add_noise(self._data.latents[rows], self._noise(seeds.tolist()), t, self._backend.alphas_bar)
+        step = max(1, _PASS // x_t[0, 0].numel())
+        parts = [frozen_predictions(self._backend, self._data, rows[i : i + step], t[i : i + step], x_t[i : i + step])
+                 for i in range(0, count, step)]
+        e1, e2 = (torch.cat(eps) for eps in zip(*parts, strict=True))
+        return {"rows": rows, "t": t, "seeds": seeds, "eps_c1": e1.half(), "eps_c2": e2.half()}
 
     def batch(self, step: int) -> Batch:
         g = step_generator(self._config.seed, step)
@@ -158,7 +168,8 @@ class TargetBank:
         for row in wanted.tolist():
             pool = self._pools[self._data.kinds[row]]
             picks.append(int(pool[int(torch.randint(len(pool), (), generator=g))]))
-        b, pick = self._content, torch.tensor(picks)
-        rows, t = b["rows"][pick], b["t"][pick]
-        x_t = add_noise(self._data.latents[rows], self._noise(b["seeds"][pick].tolist()), t, self._backend.alphas_bar)
-        return Batch(rows, t, x_t, b["eps_c1"][pick].float(), b["eps_c2"][pick].float(), self._data.count_id(rows))
+        pick = torch.tensor(self._processes.share(picks))
+        rows, t = self._rows[pick], self._t[pick]
+        x_t = add_noise(self._data.latents[rows], self._noise(self._seeds[pick].tolist()), t, self._backend.alphas_bar)
+        e1, e2 = (self._tuples.take(name, pick).float() for name in ("eps_c1", "eps_c2"))
+        return Batch(rows, t, x_t, e1, e2, self._data.count_id(rows), len(picks))

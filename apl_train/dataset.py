@@ -78,9 +78,14 @@ class Dataset:
     def content_sha256(self) -> str:
         """Of the table and every picture's bytes, lowercase hex: cached latents and resumed trainings depend on it."""
         digest = hashlib.sha256(self.sha256.encode())
-        for record in self.records:
-            digest.update(hashlib.sha256(self._pictures.read(record.image)).digest())
+        for picture in self.picture_sha256:
+            digest.update(bytes.fromhex(picture))
         return digest.hexdigest()
+
+    @cached_property
+    def picture_sha256(self) -> tuple[str, ...]:
+        """Of every record's picture file, lowercase hex. Raises DatasetError for one that cannot be read."""
+        return tuple(hashlib.sha256(self._pictures.read(record.image)).hexdigest() for record in self.records)
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """The pictures of some records, uint8 [n, H, W, 3] RGB.

@@ -21,6 +21,7 @@ class EventLog:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / EVENTS
+        self._whole = False  # not known: an earlier process may have died while it wrote
 
     def cut(self, step: int) -> None:
         """Drops events after `step`: a resumed training goes through those steps again."""
@@ -30,15 +31,26 @@ class EventLog:
 
     def write(self, event: str, **values: Any) -> dict[str, Any]:
         """Appends one event and returns it. NaN becomes null, JSON has none. Raises StorageError."""
-        row = {"event": event, "time": round(time.time(), 3)}
+        row: dict[str, Any] = {"event": event, "time": round(time.time(), 3)}
         for key, value in values.items():
             row[key] = None if isinstance(value, float) and not math.isfinite(value) else value
         try:
             with self.path.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                # a line that a crash or a full disk cut off must not swallow this one
+                start = "" if self._whole or _ends_in_newline(self.path) else "\n"
+                self._whole = False
+                out.write(start + json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self._whole = True
         except OSError as error:
             raise storage_error(self.path, error) from error
         return row
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return size == 0 or file.read(1) == b"\n"
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

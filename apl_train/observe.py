@@ -2,7 +2,8 @@
 
 Step prompt -> image -> what recognisers see. Pictures are made and looked at in parts, so that memory does not grow
 with their number. Stages that do not depend on the prefix can be kept in a cache folder and are then shared by all
-evaluations of one model; embeddings are personal data, so that folder belongs to the user alone.
+evaluations of one model; embeddings are personal data, so that folder belongs to the user alone. Under `accelerate
+launch` every process takes its share of the pictures, and all of them know everything afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from apl_core.errors import ScoreError
 from apl_core.identity import FaceEmbedder
 from apl_core.metadata import content_hash
 from apl_train import drift
+from apl_train.processes import this_process
 
 Progress = Callable[[str, int, int], None]
 """Called with stage, pictures done, pictures in all."""
@@ -109,13 +111,32 @@ class Observer:
         if self.cache is not None and cacheable and vectors is None:
             key = self._key(stage, shots)
             file = Path(self.cache) / f"{stage.replace('/', '-')}-{key[:16]}.safetensors"
-            if (found := _load(file, key, len(shots))) is not None:
+            found = _load(file, key, len(shots))
+            # all or none: a process that finds nothing would wait for the others' pictures
+            if all(this_process().everyone(found is not None)):
                 self._tell(stage, len(shots), len(shots))
                 self._keep_again(stage, shots, found)
                 return found
-        observed = self._sample(stage, shots, vectors)
-        if file is not None:
+        observed = self._together(stage, shots, vectors)
+        if file is not None and this_process().main:
             _store(file, key, observed)
+        return observed
+
+    def _together(self, stage: str, shots: Sequence[Shot], vectors: Mapping[str, Tensor] | None) -> Observed:
+        """What all processes saw, in the order of the shots; a picture does not depend on who takes it."""
+        processes = this_process()
+        if processes.count == 1:
+            return self._sample(stage, shots, vectors)
+        mine = processes.share(shots)
+        # an album needs every picture of a subject: see `_keep_again`
+        own = replace(self, keep=None)._sample(stage, mine, vectors) if mine else None
+        seen = processes.merge(list(zip(own.faces(), own.attributes, own.latents, strict=True)) if own else [])
+        width = max((faces.shape[1] for faces, _, _ in seen if len(faces)), default=1)
+        observed = Observed(
+            np.array([len(faces) for faces, _, _ in seen], np.int64),
+            np.concatenate([faces.reshape(len(faces), width) for faces, _, _ in seen]).astype(np.float32),
+            tuple(attributes for _, attributes, _ in seen), torch.stack([latents for _, _, latents in seen]))
+        self._keep_again(stage, shots, observed)
         return observed
 
     def pictures(self, observed: Observed, start: int, stop: int) -> NDArray[np.uint8]:

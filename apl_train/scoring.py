@@ -18,6 +18,7 @@ from apl_train.backend import Backend
 from apl_train.evaluate import evaluate
 from apl_train.persons import read_evaluation_set
 from apl_train.precision import chosen
+from apl_train.processes import this_process
 
 
 class StageBars:
@@ -30,7 +31,8 @@ class StageBars:
         if stage != self._stage:
             self.close()
             self._stage = stage
-            self._bar = tqdm(total=total, desc=stage, unit="picture", dynamic_ncols=True, leave=False)
+            self._bar = tqdm(total=total, desc=stage, unit="picture", dynamic_ncols=True, leave=False,
+                             disable=not this_process().main)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
@@ -64,9 +66,12 @@ def score(
     people = read_evaluation_set(shipped.locate("persons", persons))
     embedder = load_embedder(shipped.recogniser(recogniser))
     attributes = attribute_reader(recogniser)
+    processes = this_process()
+    out = out if processes.main else None
     if out is not None:
         write_json(out, {"state": "measuring"})  # an unwritable place is better known now than after an hour
-    backend = backend or Backend.load(shipped.locate("base_model", base_model), device=chosen().device)
+    backend = backend or Backend.load(shipped.locate("base_model", base_model),
+                                      device=processes.own_device() or chosen().device)
     bars = StageBars()
     try:
         scores = evaluate(backend, prompt, people, embedder, attributes, splits=splits, seeds=seeds,

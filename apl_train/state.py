@@ -7,9 +7,12 @@ seeded by (seed, step), so step n is the same whether it was reached or resumed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apl_core.atomic import write_safetensors
+from apl_core.atomic import storage_error, write_safetensors
 from apl_core.errors import TrainingError
 from apl_core.metadata import content_hash
 
 FOLDER = "state"
+LOCK = ".training.lock"
 KEEP = 2
 _log = logging.getLogger("apl.state")
 
@@ -98,3 +102,42 @@ def load_state(run: Path) -> TrainState:
             _log.warning("%s is damaged (%s); going back to the state before it", path.name, error)
     raise TrainingError(f"{run} holds no training state to resume from.",
                         "Start a new training with `apl train`, or check the folder.", field="run")
+
+
+@contextlib.contextmanager
+def only_one(run: Path) -> Iterator[None]:
+    """Keeps a second process from training in the same folder; the system lets go of it when this one ends, however.
+
+    Raises:
+        TrainingError: another process trains here. StorageError: the folder cannot be written to.
+    """
+    try:
+        handle = (run / LOCK).open("a+b")
+    except OSError as error:
+        raise storage_error(run / LOCK, error) from error
+    with handle:
+        if not _locked(handle.fileno()):
+            raise TrainingError(f"Another process is training in {run}.",
+                                "Wait for it or stop it, or choose another folder.", field="run")
+        for part in (FOLDER, "prefix"):
+            for half in (run / part).glob(".*.tmp"):  # of a process that was killed while it wrote
+                half.unlink(missing_ok=True)
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    """Takes the lock of an open file; False where another process has it. Where there are no locks: True."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # some network file systems know no locks
+        _log.info("no lock on this file system: %s", error)
+    return True

@@ -92,6 +92,7 @@ class TextStack:
                 raise ModelError(f"{name} has {found}; {family} needs {', '.join(keys)}.",
                                  "Name them as prefix files do.", field=name)
         self.family = family
+        self._known: dict[tuple[str, str], list[int]] = {}
         self.tokenizers = {key: tokenizers[key] for key in keys}
         self.encoders = {key: encoders[key].eval().requires_grad_(False) for key in keys}
         for key, encoder in self.encoders.items():
@@ -131,7 +132,14 @@ class TextStack:
         """Token ids of `text` without BOS, EOS, padding and truncation; SDXL: those of CLIP-L's tokenizer."""
         return self._ids(text, next(iter(self.tokenizers)))
 
+    def remember(self, ids: Mapping[str, Sequence[int]]) -> None:
+        """Token ids of texts, as `tokenize` gives them, that need not be found again."""
+        first = next(iter(self.tokenizers))
+        self._known |= {(text, first): list(of_text) for text, of_text in ids.items()}
+
     def _ids(self, text: str, key: str) -> list[int]:
+        if (known := self._known.get((text, key))) is not None:
+            return list(known)
         # verbose=False: a prompt of several chunks is no reason for the tokenizer's warning about its length
         return list(self.tokenizers[key](text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 

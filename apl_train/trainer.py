@@ -1,15 +1,16 @@
 """The training loop: equations 2-7 with one learnable tensor per text encoder, resumable bit for bit.
 
 Everything but the prefix is frozen. The loop talks through events, obeys a `stop` callable (Ctrl-C, a user interface)
-and leaves after every save a folder from which `resume` goes on.
+and leaves after every save a folder from which `resume` goes on. Under `accelerate launch` the rows of a batch are
+divided among the processes and one sum of gradients a step brings them together; the first process writes.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ import torch
 from torch import Tensor
 
 from apl_core.atomic import write_text
-from apl_core.errors import ConfigError, TrainingError, TrainingStopped
+from apl_core.errors import ConfigError, StorageError, TrainingError, TrainingStopped
 from apl_core.library import safe_name
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
 from apl_train.backend import Backend
-from apl_train.bank import FreshTargets, TargetBank
+from apl_train.bank import FreshTargets, TargetBank, Targets
 from apl_train.config import TrainConfig, from_dict
 from apl_train.events import EventLog
 from apl_train.losses import apl_loss, id_loss, reg_loss
+from apl_train.processes import Processes, ProcessLost, this_process
 from apl_train.samples import TrainingSet
 from apl_train.state import TrainState, load_state, save_state, seed_of
 
-_log = logging.getLogger("apl.train")
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -55,12 +56,19 @@ class Trainer:
 
     def __init__(self, backend: Backend, data: TrainingSet, config: TrainConfig, run: Path, *,
                  cache: Path | None = None, listener: Listener | None = None, stop: Callable[[], bool] | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> None:
+                 progress: Callable[[int, int], None] | None = None, processes: Processes | None = None) -> None:
         safe_name(config.name)
         self.backend, self.data, self.config, self.run = backend, data, config, run
-        self._listener, self._stop = listener, stop or (lambda: False)
-        targets = TargetBank(backend, data, config, cache or run / "cache", progress) if config.bank else None
-        self._targets = targets or FreshTargets(backend, data, config)
+        self.processes = processes or this_process()
+        if config.batch_size < self.processes.count:
+            raise ConfigError(f"batch_size is {config.batch_size}, for {self.processes.count} processes.",
+                              f"Set batch_size to {self.processes.count} or a multiple: it is that of all together.",
+                              field="batch_size")
+        self._listener, self._stop, self._asked = listener, stop or (lambda: False), False
+        self._targets: Targets = (
+            TargetBank(backend, data, config, cache or run / "cache", progress=progress, stop=stop,
+                       processes=self.processes)
+            if config.bank else FreshTargets(backend, data, config, processes=self.processes))
         self._log = EventLog(run)
         self.hashes = {"model": backend.sha256, "data": data.sha256}
         self.step = 0
@@ -80,6 +88,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the state that `restore` reads. Raises StorageError; the state before it stays."""
+        if not self.processes.main:
+            return
         save_state(self.run, TrainState(self._tensors(), self.step, self.config.to_dict(), self.hashes))
 
     def restore(self, *, allow_changed: bool = False) -> None:
@@ -88,7 +98,7 @@ class Trainer:
         Raises:
             TrainingError: there is no state, or the model or the data changed since (and `allow_changed` is not set).
         """
-        state = load_state(self.run)
+        state = self.processes.once(lambda: load_state(self.run))
         for what, then in state.hashes.items():
             if self.hashes.get(what) != then and not allow_changed:
                 raise TrainingError(f"The {what} changed since this training was saved at step {state.step}.",
@@ -102,7 +112,8 @@ class Trainer:
                 "exp_avg": state.tensors[f"exp_avg.{key}"].clone(),
                 "exp_avg_sq": state.tensors[f"exp_avg_sq.{key}"].clone(),
             }
-        self._log.cut(self.step)
+        if self.processes.main:
+            self._log.cut(self.step)
 
     def prompt(self, level: int | None = None) -> AnonymizationPrompt:
         """The vectors as they are now, with what a reader of the file needs to know."""
@@ -118,11 +129,15 @@ class Trainer:
         return AnonymizationPrompt(self.backend.family, tensors, meta)
 
     def _save_level(self) -> None:
+        if not self.processes.main:
+            return
         path = self.run / "prefix" / f"{self.config.name}.step-{self.step}.safetensors"
         save_prefix(self.prompt(self.step), path)
         self._tell("level", step=self.step, path=str(path.relative_to(self.run)))
 
     def _tell(self, event: str, **values: Any) -> None:
+        if not self.processes.main:
+            return
         row = self._log.write(event, **values)
         if self._listener:
             self._listener(row)
@@ -140,63 +155,117 @@ class Trainer:
         """One optimizer step (equations 3, 5-7). Returns l_id, l_reg (None where the batch has no such row) and loss.
 
         Raises:
-            TrainingError: the loss is not finite; vectors and optimizer are left as they were.
+            TrainingError: loss or gradient are not finite; vectors and optimizer are left as they were.
+            ProcessLost: another process ended; the same.
         """
         batch = self._targets.batch(self.step)
         states = self.backend.encode([self.data.c1[r] for r in batch.rows.tolist()], self.vectors, overflow="trim")
-        eps = self.backend.predict(batch.x_t, batch.t, states)
+        eps = self.backend.predict(batch.x_t, batch.t, states).to(batch.eps_c1.device)
         n = batch.n_id
         l_id = id_loss(eps[:n], batch.eps_c1[:n], batch.eps_c2[:n], self.config.alpha)
         l_reg = reg_loss(eps[n:], batch.eps_c1[n:])
-        loss = apl_loss(l_id, l_reg, self.config.reg_weight)
-        if not torch.isfinite(loss):
-            raise TrainingError(f"The loss is {float(loss)} at step {self.step}.",
+        # this process's part of the mean over the whole batch
+        loss = apl_loss(l_id, l_reg, self.config.reg_weight) * (len(batch.rows) / batch.total)
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.isfinite(loss):
+            loss.backward()
+        seen = self._together(l_id.detach(), l_reg.detach(), loss.detach())
+        if not math.isfinite(seen["loss"]):
+            raise TrainingError(f"The loss is {seen['loss']} at step {self.step}.",
                                 "The last saved state is kept; resume with a lower learning_rate.", field="loss")
+        if not all(bool(torch.isfinite(v.grad).all()) for v in self.vectors.values()):
+            raise TrainingError(f"The gradient is not finite at step {self.step}.",
+                                "The last saved state is kept; resume with a lower learning_rate, or train in bf16 or "
+                                "fp32.", field="loss")
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         self.optimizer.step()
         self.step += 1
-        return {"l_id": float(l_id.detach().mean()) if n else None,
-                "l_reg": float(l_reg.detach().mean()) if len(l_reg) else None, "loss": float(loss.detach())}
+        return seen
+
+    def _together(self, l_id: Tensor, l_reg: Tensor, loss: Tensor) -> dict[str, Any]:
+        """The losses over all processes; their gradients and wishes to stop are brought together in one exchange."""
+        if self.processes.count == 1:
+            return {"l_id": float(l_id.mean()) if len(l_id) else None,
+                    "l_reg": float(l_reg.mean()) if len(l_reg) else None, "loss": float(loss)}
+        grads = [torch.zeros_like(v) if v.grad is None else v.grad for v in self.vectors.values()]
+        own = torch.tensor([float(l_id.sum()), len(l_id), float(l_reg.sum()), len(l_reg), float(loss),
+                            float(self._stop())], dtype=torch.float64)
+        whole = self.processes.total(torch.cat([*(g.flatten().double() for g in grads), own]))
+        parts = whole[: -len(own)].split([g.numel() for g in grads])
+        for vector, part in zip(self.vectors.values(), parts, strict=True):
+            vector.grad = part.reshape(vector.shape).to(vector.dtype)
+        id_sum, id_count, reg_sum, reg_count, loss_sum, asked = whole[-len(own):].tolist()
+        self._asked = asked > 0
+        return {"l_id": id_sum / id_count if id_count else None, "l_reg": reg_sum / reg_count if reg_count else None,
+                "loss": loss_sum}
+
+    def _stopping(self) -> bool:
+        """Whether to stop after this step: several processes do so together, or the others would wait for ever."""
+        return self._stop() if self.processes.count == 1 else self._asked
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Failures of the loop become events, and their messages say how to go on."""
+        way_on = f"Go on with `apl resume {self.run}`."
+        try:
+            yield
+        except TrainingStopped:
+            self._tell("stopped", step=self.step)
+            raise
+        except ProcessLost as error:
+            with contextlib.suppress(StorageError):
+                self.save()
+                self._tell("error", step=self.step, message=str(error))
+            raise TrainingError(f"At step {self.step}: {error.message}", f"{error.hint} {way_on}",
+                                field="processes") from error
+        except TrainingError as error:
+            self._tell("error", step=self.step, message=str(error))
+            raise
+        except StorageError as error:
+            with contextlib.suppress(StorageError):
+                self._tell("error", step=self.step, message=str(error))
+            raise StorageError(f"At step {self.step}: {error.message}", f"{error.hint} Then: {way_on}",
+                               field=error.field) from error
+        except torch.cuda.OutOfMemoryError as error:
+            raise TrainingError(f"The device ran out of memory at step {self.step}.",
+                                f"Lower batch_size, or use the preset for 8 GB. What was saved is kept. {way_on}",
+                                field="batch_size") from error
 
     def fit(self) -> AnonymizationPrompt:
         """Runs to the end, saving states and levels on the way; returns the prefix, which is also in `<run>/prefix/`.
 
         Raises:
             TrainingStopped: `stop()` said so; the state is saved.
-            TrainingError: NaN loss; StorageError: a full disk. The last good state is kept.
+            TrainingError: NaN loss, a lost process; StorageError: a full disk. The last good state is kept.
         """
+        with self._told():
+            return self._fit()
+
+    def _fit(self) -> AnonymizationPrompt:
         c = self.config
         if self.step == 0:
             self.save()
         self._tell("start", step=self.step, steps=c.steps, model=self.backend.name, persons=self.data.persons)
         began, first = time.monotonic(), self.step
-        try:
-            while self.step < c.steps:
-                losses = self.one_step()
-                pace = (self.step - first) / max(time.monotonic() - began, 1e-9)
-                self._tell("step", step=self.step, **losses, steps_per_s=round(pace, 4))
-                if c.levels_every and self.step % c.levels_every == 0 and self.step < c.steps:
-                    self._save_level()
-                if self.step % c.save_every == 0 or self.step == c.steps:
-                    self.save()
-                if self._stop() and self.step < c.steps:
-                    self.save()
-                    raise TrainingStopped(
-                        f"Stopped at step {self.step} of {c.steps}; everything is saved in {self.run}.",
-                        f"Go on with `apl resume {self.run}`.",
-                    )
-        except TrainingStopped:
-            self._tell("stopped", step=self.step)
-            raise
-        except TrainingError as error:
-            self._tell("error", step=self.step, message=str(error))
-            raise
+        while self.step < c.steps:
+            losses = self.one_step()
+            pace = (self.step - first) / max(time.monotonic() - began, 1e-9)
+            self._tell("step", step=self.step, **losses, steps_per_s=round(pace, 4))
+            if c.levels_every and self.step % c.levels_every == 0 and self.step < c.steps:
+                self._save_level()
+            if self.step % c.save_every == 0 or self.step == c.steps:
+                self.save()
+            if self._stopping() and self.step < c.steps:
+                self.save()
+                raise TrainingStopped(
+                    f"Stopped at step {self.step} of {c.steps}; everything is saved in {self.run}.",
+                    f"Go on with `apl resume {self.run}`.",
+                )
         prompt = self.prompt()
         path = self.run / "prefix" / f"{c.name}.safetensors"
-        save_prefix(prompt, path)
+        if self.processes.main:
+            save_prefix(prompt, path)
         self._tell("done", step=self.step, path=str(path.relative_to(self.run)), content_hash=prompt.content_hash)
         return prompt
 

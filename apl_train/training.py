@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,53 @@ from apl_core.prefix import AnonymizationPrompt
 from apl_train import shipped
 from apl_train.backend import Backend
 from apl_train.config import TrainConfig
+from apl_train.control import obeying
 from apl_train.dataset import Dataset, problems, read_dataset
+from apl_train.events import EventLog
+from apl_train.previews import beside
+from apl_train.processes import this_process
 from apl_train.samples import TrainingSet
-from apl_train.state import has_state
+from apl_train.state import has_state, only_one
 from apl_train.trainer import Trainer, read_config, write_config
 
 
-def load_training_set(backend: Backend, config: TrainConfig, cache: Path) -> TrainingSet:
-    """S_ID and S_Reg of the settings, with latents cached. Raises DatasetError naming the row."""
+class _Bars:
+    """One tqdm bar after another, from callbacks with (done, total)."""
+
+    def __init__(self) -> None:
+        self._name, self._bar = "", None
+
+    def of(self, name: str, unit: str) -> Callable[[int, int], None]:
+        def tell(done: int, total: int) -> None:
+            if self._name != name:
+                self.close()
+                self._name = name
+                self._bar = tqdm(total=total, desc=name, unit=unit, leave=False, disable=not this_process().main)
+            self._bar.update(done - self._bar.n)
+
+        return tell
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._name, self._bar = "", None
+
+
+def load_training_set(backend: Backend, config: TrainConfig, cache: Path, *,
+                      stop: Callable[[], bool] | None = None) -> TrainingSet:
+    """S_ID and S_Reg of the settings, with latents and text states cached.
+
+    Raises:
+        DatasetError: naming the row. TrainingStopped: `stop()` said so; what was computed until then is kept.
+    """
     s_id = _checked(shipped.locate("s_id", config.s_id), "id", backend, config)
     s_reg = None if config.no_reg else _checked(shipped.locate("s_reg", config.s_reg), "reg", backend, config)
-    total = len(s_id.records) + (len(s_reg.records) if s_reg else 0)
-    with tqdm(total=total, desc="latents", unit="picture", leave=False) as bar:
-        seen = {"last": 0}
-
-        def tell(done: int, _total: int) -> None:
-            bar.update(done - seen["last"] if done >= seen["last"] else done)
-            seen["last"] = done
-
-        return TrainingSet(backend, s_id, s_reg, cache, persons=config.persons, progress=tell)
+    bars = _Bars()
+    try:
+        return TrainingSet(backend, s_id, s_reg, cache, persons=config.persons, stop=stop,
+                           progress=bars.of("latents", "picture"), caption_progress=bars.of("captions", "text"))
+    finally:
+        bars.close()
 
 
 def _checked(folder: Path, expect: str, backend: Backend, config: TrainConfig) -> Dataset:
@@ -78,19 +106,27 @@ class Bar:
 
 
 @contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """The first Ctrl-C (or SIGTERM) asks the training to save and stop; a second one ends the process at once."""
+def ctrl_c(*, patient: bool = False) -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM, or a closed terminal) asks the training to save and stop; a second one ends the
+    process at once.
+
+    patient: every further signal asks too. `accelerate launch` passes on the Ctrl-C that the terminal already sent.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def handle(number: int, _frame: Any) -> None:
-        if asked.is_set():
+        if asked.is_set() and not patient:
             signal.default_int_handler(number, _frame)
         asked.set()
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    # a process that was told to outlive its terminal (nohup) goes on doing so
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+    before = {s: signal.signal(s, handle) for s in wanted}
     try:
         yield asked
     finally:
@@ -100,18 +136,27 @@ def ctrl_c() -> Iterator[threading.Event]:
 
 def _fit(run: Path, config: TrainConfig, backend: Backend | None, *, resume: bool, allow_changed: bool,
          cache: Path | None) -> AnonymizationPrompt:
-    cache = cache or run.parent / "cache"
-    backend = backend or Backend.load(shipped.locate("base_model", config.base_model))
-    data = load_training_set(backend, config, cache)
-    bar = Bar(config.steps)
-    try:
-        with ctrl_c() as asked:
-            trainer = Trainer(backend, data, config, run, cache=cache, listener=bar, stop=asked.is_set)
-            if resume and has_state(run):
-                trainer.restore(allow_changed=allow_changed)
-            return trainer.fit()
-    finally:
-        bar.close()
+    cache, processes = cache or run.parent / "cache", this_process()
+    with contextlib.ExitStack() as stack:
+        processes.once(lambda: stack.enter_context(only_one(run)))
+        asked = stack.enter_context(ctrl_c(patient=processes.count > 1))
+        shared_gpu = processes.own_device() if config.device in ("auto", "cuda") else None
+        backend = backend or Backend.for_settings(shipped.locate("base_model", config.base_model), config,
+                                                  device=shared_gpu)
+        data = load_training_set(backend, config, cache, stop=asked.is_set)
+        bars = _Bars()
+        stack.callback(bars.close)
+        bar = Bar(config.steps) if processes.main else None
+        if bar:
+            stack.callback(bar.close)
+        tell = beside(bar, backend, config, run, lambda: trainer.prompt(0)) if bar else None
+        stop = obeying(asked.is_set, EventLog(run).write) if bar else asked.is_set
+        trainer = Trainer(backend, data, config, run, cache=cache, listener=tell, stop=stop,
+                          progress=bars.of("targets", "target"))
+        bars.close()
+        if resume and processes.once(lambda: has_state(run)):
+            trainer.restore(allow_changed=allow_changed)
+        return trainer.fit()
 
 
 def train(
@@ -123,11 +168,13 @@ def train(
         ConfigError: the folder already holds a training.
         TrainingStopped: Ctrl-C; everything is saved.
     """
-    if has_state(run) or (run / "prefix").exists():
-        raise ConfigError(f"{run} already holds a training.",
-                          f"Go on with `apl resume {run}`, or choose another --run.", field="run")
-    run.mkdir(parents=True, exist_ok=True)
-    write_config(run, config)
+    def begin() -> None:
+        if has_state(run) or (run / "prefix").exists():
+            raise ConfigError(f"{run} already holds a training.",
+                              f"Go on with `apl resume {run}`, or choose another --run.", field="run")
+        write_config(run, config)
+
+    this_process().once(begin)
     return _fit(run, config, backend, resume=False, allow_changed=False, cache=cache)
 
 
@@ -138,6 +185,10 @@ def resume(run: Path, *, allow_changed: bool = False, backend: Backend | None = 
     Raises:
         ConfigError: there is no training. TrainingError: the model or the data changed since.
     """
-    if not (run / "config.yaml").exists():
-        raise ConfigError(f"{run} holds no training.", "Start one with `apl train --run FOLDER`.", field="run")
-    return _fit(run, read_config(run), backend, resume=True, allow_changed=allow_changed, cache=cache)
+    def settings() -> TrainConfig:
+        if not (run / "config.yaml").exists():
+            raise ConfigError(f"{run} holds no training.", "Start one with `apl train --run FOLDER`.", field="run")
+        return read_config(run)
+
+    config = this_process().once(settings)
+    return _fit(run, config, backend, resume=True, allow_changed=allow_changed, cache=cache)
