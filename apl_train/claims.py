@@ -29,6 +29,9 @@ FIGURES = "apl miniworld figures"
 RESUME = "python -m pytest tests/world/test_resume.py"
 DEMO = "python install.py demo"
 REAL = "python benchmarks/real_sd15.py"
+COMFY = "python benchmarks/comfyui_cost.py"
+COMFY_PICTURES = "python -m pytest tests/comfy/test_miniature_in_host.py"
+COMFY_LIVE = "python -m pytest tests/comfy/test_workflows_live.py"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,18 @@ TARGETS: dict[str, Target] = {
                             "real"),
     "real-forms": Target("SD1.5 at full size: single file's predictions off the folder's", "<= 0.0", REAL, "real"),
     "real-memory": Target("SD1.5 at full size: memory estimate off the measured peak", "<= 0.15", REAL, "real"),
+    "comfy-noise": Target("ComfyUI, miniature: largest difference of noise predictions from diffusers'", "<= 0.0001",
+                          COMFY_PICTURES, "comfyui"),
+    "comfy-id-acc-off": Target("ComfyUI, miniature, S_test: ID-ACC off, distance from diffusers'", "<= 0.03",
+                               COMFY_PICTURES, "comfyui"),
+    "comfy-id-acc-on": Target("ComfyUI, miniature, S_test: ID-ACC on, distance from diffusers'", "<= 0.03",
+                              COMFY_PICTURES, "comfyui"),
+    "comfy-interrupt": Target("ComfyUI: seconds from interrupt to a training that saved and ended", "<= 2", COMFY_LIVE,
+                              "comfyui"),
+    "comfy-import": Target("ComfyUI: import of the pack, ms of CPU", "<= 50", COMFY, "comfyui"),
+    "comfy-foreign": Target("ComfyUI: packages of others that the import brings", "<= 0", COMFY, "comfyui"),
+    "comfy-encode": Target("ComfyUI: an encode with the prefix / one without, equal chunks", "<= 1.02", COMFY,
+                           "comfyui"),
     "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIGURES),
 }
 
