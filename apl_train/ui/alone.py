@@ -26,9 +26,9 @@ def credentials() -> tuple[str, str] | None:
     return user, password
 
 
-def run(*, runs: Path, checkpoints: Sequence[Path], embeddings: Path | None, host_embeddings: Path | None,
+def run(*, runs: Path, checkpoints: Sequence[Path], host_embeddings: Path | None,
         address: str, port: int | None, python: str | None, open_browser: bool, allow_remote: bool,
-        tell: Callable[[str], None]) -> None:
+        tell: Callable[[str], None], embeddings: Path | None = None) -> None:
     """Serves until Ctrl-C. Raises ConfigError where gradio is missing or the port is taken."""
     try:
         from .app import serve

@@ -43,10 +43,12 @@ def build(place: Place, *, desk: Desk | None = None) -> gr.Blocks:
                 new = gr.Column()
             with gr.Tab("Runs", id="runs"):
                 screen, everything = view_runs.build(desk)
-            with gr.Tab("Compare", id="compare"):
-                view_compare.build(desk)
-            with gr.Tab("Use and share", id="share"):
-                view_share.build(desk)
+            with gr.Tab("Compare", id="compare") as compare:
+                again = view_compare.build(desk)
+                compat.on(compare.select, *again)
+            with gr.Tab("Use and share", id="share") as share:
+                again = view_share.build(desk)
+                compat.on(share.select, *again)
 
         def started(said: Said) -> tuple[Any, ...]:
             """After a start the page goes on to the run; after a refusal it stays where the answer is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from .runs import read_settings
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 MINIATURE = "miniature"
+ASSETS = PRESETS.parent / "miniworld" / "assets"
 FOR_MINIATURE = ("fast", "miniature")
 ORDER = ("fast", "miniature", "sd15-fast", "sd15-8gb", "sd15-paper", "paper")
 
@@ -48,7 +50,14 @@ def _comments(lines: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the first screen asks for. `steps` 0: the preset's; `s_id` and `s_reg`: folders or "miniature"."""
+    """What the first screen asks for.
+
+    Attributes:
+        s_id, s_reg: folders, "miniature", or "" for sets that the checkpoint is to draw.
+        steps: 0 for the preset's.
+        people: table of persons to draw, "" for the one that ships; `limit` of them, 0 for all.
+        each, neutral: pictures of each person, and of things and unnamed persons.
+    """
 
     name: str = "anonymize"
     checkpoint: str = MINIATURE
@@ -57,6 +66,10 @@ class Wish:
     preset: str = "fast"
     steps: int = 0
     previews: int = 4
+    people: str = ""
+    limit: int = 0
+    each: int = 4
+    neutral: int = 400
 
 
 def train(wish: Wish, run: Path) -> list[str]:
@@ -70,8 +83,40 @@ def train(wish: Wish, run: Path) -> list[str]:
     return words
 
 
+def make(wish: Wish, run: Path, embeddings: Path, host: Path | None) -> list[str]:
+    """`apl make`: everything from the checkpoint to the installed prefix."""
+    words = ["make", "--run", str(run), "--checkpoint", wish.checkpoint, "--name", wish.name, "--preset", wish.preset,
+             "--embeddings", str(embeddings)]
+    words += ["--host", json.dumps([str(host)])] if host else []
+    words += ["--steps", str(wish.steps)] if wish.steps else []
+    if wish.s_id:
+        return [*words, "--s_id", str(shipped(wish.s_id, "s_id")), "--s_reg", str(shipped(wish.s_reg, "s_reg"))]
+    return [*words, *_drawn(wish), "--each", str(wish.each), "--neutral", str(wish.neutral)]
+
+
+def generate(wish: Wish, run: Path) -> list[list[str]]:
+    """`apl generate` for both sets, into `<run>/s_id` and `<run>/s_reg`."""
+    model = ["--base-model", wish.checkpoint]
+    if wish.checkpoint == MINIATURE:
+        model += ["--steps", "20", "--guidance", "3.0", "--recogniser", MINIATURE]
+    people = ["--people", wish.people or (MINIATURE if wish.checkpoint == MINIATURE else "public")]
+    limit = ["--limit", str(wish.limit)] if wish.limit else []
+    return [["generate", "id", "--out", str(run / "s_id"), *model, *people, *limit, "--each", str(wish.each)],
+            ["generate", "reg", "--out", str(run / "s_reg"), *model, *people, "--count", str(wish.neutral)]]
+
+
+def _drawn(wish: Wish) -> list[str]:
+    return [*(["--people", wish.people] if wish.people else []), *(["--limit", str(wish.limit)] if wish.limit else [])]
+
+
+def shipped(value: str, kind: str) -> Path:
+    """The folder of a set: "miniature" is the shipped one."""
+    return ASSETS / kind if value == MINIATURE else Path(value).expanduser()
+
+
 def validate(wish: Wish) -> list[str]:
-    return ["validate", "--s_id", wish.s_id, "--s_reg", wish.s_reg]
+    sets = [word for flag, value in (("--s_id", wish.s_id), ("--s_reg", wish.s_reg)) if value for word in (flag, value)]
+    return ["validate", *sets]
 
 
 def score(file: Path, checkpoint: str, out: Path) -> list[str]:

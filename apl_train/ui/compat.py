@@ -11,6 +11,8 @@ from typing import Any
 
 import gradio as gr
 
+Listener = tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]
+"""A function, the components whose values it gets, and those that take what it returns."""
 MAJOR = int(gr.__version__.split(".")[0])
 
 

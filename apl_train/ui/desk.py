@@ -129,14 +129,39 @@ class Desk:
 
     @_told
     @_guarded
+    def make(self, wish: Wish) -> Said:
+        """Everything in one go: draw, check, train, score, install. A taken name is told now, not at the end."""
+        run = self.folder_for(wish.name)
+        taken = [folder for folder in self.folders() if (folder / f"{wish.name}.safetensors").exists()]
+        if taken:
+            return Said(f"{taken[0]} has a prefix named {wish.name} already. Choose another name.", BAD)
+        return self._enqueue(run, "make", commands.make(wish, run, self.place.embeddings, self.place.host_embeddings))
+
+    @_told
+    @_guarded
+    def draw(self, wish: Wish) -> Said:
+        """Lets the checkpoint draw both sets, to be looked at before a training."""
+        run = self.folder_for(f"{wish.name}-pictures")
+        first, second = commands.generate(wish, run)
+        said = self._enqueue(run, "generate", first)
+        self.queue.add(jobs.create(self.place, run, "generate", run.name, second))
+        return said
+
+    @_told
+    @_guarded
     def resume(self, name: str) -> Said:
         """Goes on with a run that was stopped, failed or was interrupted."""
         run = self._run(name)
         if run.state in (QUEUED, RUNNING, PAUSED):
             return Said(f"{run.name} is {run.state} already.", NOTE, run.name)
-        first = next((job for job in run.jobs if job.kind == "make"), None)
-        again = list(first.argv[3:]) if first else commands.resume(runs.training_folder(run.folder))
-        return self._enqueue(run.folder, "make" if first else "resume", again)
+        whole = [job for job in run.jobs if job.kind in ("make", "generate")]
+        if not whole:
+            return self._enqueue(run.folder, "resume", commands.resume(run.folder))
+        for job in dict.fromkeys(whole):  # the same commands go on where they were interrupted
+            said = self._enqueue(run.folder, job.kind, list(job.argv[3:]))
+            if job.kind == "make":
+                break
+        return said
 
     def _enqueue(self, run: Path, kind: str, arguments: list[str]) -> Said:
         busy = [job for job in self.queue.waiting() if job.state == RUNNING]
@@ -228,7 +253,7 @@ class Desk:
     def data_folder(self, kind: str, value: str) -> Path:
         """The folder of "s_id" or "s_reg". Raises ConfigError where folders may not be named."""
         if value == MINIATURE:
-            return ROOT / "apl_train" / "miniworld" / "assets" / kind
+            return commands.shipped(value, kind)
         if not self.place.may_start:
             raise core("errors").ConfigError(NOT_ALLOWED, "", field=kind)
         if not value.strip():
@@ -241,19 +266,25 @@ class Desk:
         """What is wrong with both sets, by `apl validate`."""
         arguments = commands.validate(wish)
         code, found, words = self.apl(*arguments)
-        if code == 0:
-            return Said("Nothing is wrong with either set.", GOOD)
-        listed = found.get("problems")
-        if isinstance(listed, list) and listed:
-            lines = [str(row.get("text") or row.get("message") or row) if isinstance(row, dict) else str(row)
-                     for row in listed]
-            more = f"\n... and {len(lines) - 12} more" if len(lines) > 12 else ""
-            return Said(f"{len(lines)} problem(s):\n" + "\n".join(lines[:12]) + more, BAD)
-        return Said(words or f"apl validate ended with code {code}.", BAD)
+        listed = [row for row in found.get("findings") or () if isinstance(row, dict)]
+        if not listed:
+            held = ", ".join(f"{n} {what}" for what, n in dict(found.get("counts") or {}).items())
+            return Said(f"Nothing is wrong with these sets: {held}." if code == 0 else
+                        words or f"apl validate ended with code {code}.", GOOD if code == 0 else BAD)
+        lines = [f"{row.get('level')}: {row.get('set')}, row {row.get('row')}: {row.get('message')} {row.get('hint')}"
+                 for row in sorted(listed, key=lambda row: row.get("level") != "error")]
+        more = f"\nand {len(lines) - 12} more" if len(lines) > 12 else ""
+        errors = sum(row.get("level") == "error" for row in listed)
+        head = f"{errors} errors, {len(listed) - errors} warnings" + ("" if errors else ": a training can start")
+        return Said(f"{head}\n" + "\n".join(lines[:12]) + more, BAD if errors else NOTE)
 
     def prefixes(self) -> list[str]:
         """"run @ step" of every prefix that can be used, newest run first, the finished one first in each."""
         return [f"{run.name} @ {step}" for run in self.runs() for step in sorted(run.levels, reverse=True)]
+
+    def newest_prefix(self) -> str | None:
+        """The finished prefix of the newest run that has one: a level is used only when somebody chooses it."""
+        return next((f"{run.name} @ {run.steps}" for run in self.runs() if run.final is not None), None)
 
     def prefix_file(self, choice: str | None) -> Path:
         """The file behind a choice of `prefixes`. Raises ConfigError."""

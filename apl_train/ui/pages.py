@@ -24,6 +24,7 @@ CODES = {
     -9: "The system ended the process, most often because memory ran out. Take a preset for less memory.",
     -11: "The process crashed inside a library.", -6: "The process crashed inside a library.",
 }
+STAGES = ("generate", "validate", "cache", "train", "score", "install")
 SHOWN_LEVELS = 6
 SCORE_FROM, SCORE_TO = 0.0, 0.8
 
@@ -83,7 +84,8 @@ def strip(active: Run | None, waiting: int) -> str:
     """The one line above all screens: what runs now and how long it will take."""
     if active is None:
         return body('<div class="apl-strip"><span class="apl-dim">Nothing is running.</span></div>')
-    left = f"about {duration(active.left)} left" if active.left else _phase(active)
+    trains = active.left and active.stage in ("", "train")
+    left = f"about {duration(active.left)} left" if trains else _phase(active)
     more = f'<span class="apl-dim">{waiting} waiting</span>' if waiting else ""
     count = f"step {active.step:,} of {active.steps:,}" if active.steps else ""
     return body(f'<div class="apl-strip"><b>{escape(active.name)}</b>{pill(active.state)}{bar(active)}'
@@ -95,7 +97,8 @@ def _phase(run: Run) -> str:
         return "paused"
     if run.job and run.job.control == "stop":
         return "saving"
-    return "getting ready" if not run.losses else ""
+    last = jobs.log_lines(run.job, 1, 4096) if run.job else []
+    return escape(last[0][:90]) if last else "getting ready"
 
 
 def run_list(found: Sequence[Run], waiting: Sequence[Job], selected: str) -> str:
@@ -118,7 +121,20 @@ def status(run: Run | None) -> str:
         return body('<div class="apl-empty">Choose a run, or start one under "New prefix".</div>')
     head = (f'<div class="apl-top"><div><h2>{escape(run.name)} {pill(run.state)}</h2>'
             f'<p class="apl-dim">{escape(_about(run))}</p></div></div>')
-    return body(head, crash(run), _tiles(run), _charts(run))
+    return body(head, crash(run), _stages(run), _tiles(run), _charts(run))
+
+
+def _stages(run: Run) -> str:
+    """How far `apl make` is, "" for a run that only trains."""
+    if not run.stage:
+        return ""
+    at = STAGES.index(run.stage) if run.stage in STAGES else 0
+    if run.state == DONE:
+        at = len(STAGES)
+    marks = "".join(f'<li class="{"past" if i < at else "now" if i == at else ""}">{name}</li>'
+                    for i, name in enumerate(STAGES))
+    planned = f'<span class="apl-dim">planned: {duration(run.planned)} in all</span>' if run.planned else ""
+    return f'<ol class="apl-stages">{marks}</ol>{planned}'
 
 
 def _about(run: Run) -> str:
@@ -190,7 +206,7 @@ def previews(run: Run | None) -> str:
     heads = "".join(f"<th>step {step:,}</th>" for step in steps)
     rows = []
     for i, first in enumerate(run.previews[steps[0]]):
-        cells = [f'<td class="bare">{_face(folder, first.off, first.off_score)}</td>']
+        cells = [f'<td class="bare">{_face(folder, first.off, first.off_score, "--apl-warm")}</td>']
         for step in steps:
             shown = run.previews[step]
             person = shown[i] if i < len(shown) and shown[i].name == first.name else None
@@ -216,14 +232,13 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
     return sorted({steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)})
 
 
-def _face(folder: Path, name: str, score: float | None) -> str:
+def _face(folder: Path, name: str, score: float | None, colour: str = "--apl-accent") -> str:
     uri = thumbs.of_file(folder, name)
     picture = f'<img src="{uri}" alt="">' if uri else '<img alt="no picture">'
     if score is None:
         return f'{picture}<span class="apl-dim">–</span>'
     share = 100 * min(1.0, max(0.0, (score - SCORE_FROM) / (SCORE_TO - SCORE_FROM)))
-    colour = "var(--apl-warm)" if score >= 0.32 else "var(--apl-good)"
-    return (f'{picture}<div class="apl-meter"><i style="width:{share:.0f}%;background:{colour}"></i></div>'
+    return (f'{picture}<div class="apl-meter"><i style="width:{share:.0f}%;background:var({colour})"></i></div>'
             f'<span class="apl-score">{score:.2f}</span>')
 
 
@@ -294,7 +309,7 @@ def _faces_of_both(a: Run, b: Run) -> str:
         if other is None:
             continue
         rows.append(f'<tr><th class="who" scope="row">{escape(person.name)}<small>{escape(_split(person))}</small></th>'
-                    f'<td class="bare">{_face(last[0][2], person.off, person.off_score)}</td>'
+                    f'<td class="bare">{_face(last[0][2], person.off, person.off_score, "--apl-warm")}</td>'
                     f"<td>{_face(last[0][2], person.on, person.on_score)}</td>"
                     f"<td>{_face(last[1][2], other.on, other.on_score)}</td></tr>")
         if i == 7:

@@ -19,6 +19,7 @@ from .tail import FILE as EVENTS
 from .tail import Events
 
 PAUSED = "paused"
+PLAN = "make.json"
 _LEVEL = re.compile(r"(?P<base>.+)\.step-(?P<step>[0-9]{1,9})\.safetensors")
 _FRESH = 60.0
 """Seconds since its last event within which a run without a job counts as running in a terminal."""
@@ -53,6 +54,7 @@ class Run:
         config: settings of the training, plain values.
         error: what ended it, in the trainer's own words; "" for nothing.
         scores: scores.json; {} where the run was not scored.
+        stage, planned: of `apl make`: which stage it is in, and how many seconds it expected in all.
     """
 
     folder: Path
@@ -69,6 +71,8 @@ class Run:
     error: str = ""
     scores: Mapping[str, Any] = field(default_factory=dict)
     changed: float = 0.0
+    stage: str = ""
+    planned: float | None = None
 
     @property
     def name(self) -> str:
@@ -96,9 +100,13 @@ def read_run(run: Path, events: Events) -> Run | None:
         return None
     own = tuple(jobs.of_run(run))
     training = training_folder(run)
+    if training == run and (run / PLAN).exists():
+        training = run / "train"  # a run of `apl make` that has not come so far
     if not own and not (training / "config.yaml").exists() and not (training / EVENTS).exists():
         return None
     rows = events.of(training)
+    around = events.of(run) if training != run or (run / PLAN).exists() else []
+    stages = [row for row in around if row.get("event") == "stage"]
     steps = [row for row in rows if row.get("event") == "step" and isinstance(row.get("step"), int)]
     starts = [row for row in rows if row.get("event") == "start"]
     total = _whole(starts[-1].get("steps")) if starts else 0
@@ -112,7 +120,8 @@ def read_run(run: Path, events: Events) -> Run | None:
         losses=tuple((row["step"], _number(row.get("l_id")), _number(row.get("l_reg"))) for row in steps),
         rate=rate, left=(total - step) / rate if rate and state == RUNNING and step < total else None,
         levels=_levels(training, total), previews=_previews(training), config=config,
-        error=_error(rows), scores=_object(run / "scores.json"), changed=_changed(run, training, own),
+        error=_error(rows) or _error(around), scores=_object(run / "scores.json"), changed=_changed(run, training, own),
+        stage=str(stages[-1].get("stage", "")) if stages else "", planned=_number(_object(run / PLAN).get("seconds")),
     )
 
 
@@ -163,7 +172,7 @@ def _rate(steps: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]
 
 def _error(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in reversed(rows):
-        if row.get("event") in ("start", "step", "done"):
+        if row.get("event") in ("start", "step", "stage", "done"):
             return ""
         if row.get("event") == "error":
             return str(row.get("message", ""))

@@ -10,7 +10,8 @@ from . import commands, compat, pages
 from .desk import Desk
 
 
-def build(desk: Desk) -> None:
+def build(desk: Desk) -> compat.Listener:
+    """Draws the screen; returns what brings it up to date, for when its tab is opened."""
     names = desk.names()
     a, b = [*names, "", ""][:2]
     compat.html(pages.heading("Compare two runs", "What was set differently, both losses in one chart, the last "
@@ -36,7 +37,9 @@ def build(desk: Desk) -> None:
 
     compat.on(first.change, show, [first, second], [table, command])
     compat.on(second.change, show, [first, second], [table, command])
-    compat.on(refresh.click, again, [first, second], [first, second, table, command])
+    listener = (again, [first, second], [first, second, table, command])
+    compat.on(refresh.click, *listener)
+    return listener
 
 
 def _table(desk: Desk, a: str, b: str) -> str:

@@ -13,9 +13,10 @@ from .desk import Desk
 LICENCES = ["", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "MIT", "Apache-2.0"]
 
 
-def build(desk: Desk) -> None:
+def build(desk: Desk) -> compat.Listener:
+    """Draws the screen; returns what brings it up to date, for when its tab is opened."""
     found = desk.prefixes()
-    chosen = found[0] if found else None
+    chosen = desk.newest_prefix()
     known = desk.metadata(chosen)
     folders = "\n".join(map(str, desk.folders()))
     with gr.Row():
@@ -63,12 +64,15 @@ def build(desk: Desk) -> None:
 
     def again(choice: str | None) -> tuple[Any, ...]:
         now = desk.prefixes()
-        kept = choice if choice in now else (now[0] if now else None)
+        kept = choice if choice in now else desk.newest_prefix()
+        if kept == choice:  # what was typed meanwhile stays
+            return compat.update(choices=now), *(compat.update() for _ in fields)
         return compat.update(choices=now, value=kept), *fill(kept or "")
 
     fields = [name, title, author, licence, text]
     compat.on(prefix.change, fill, [prefix], fields)
-    compat.on(refresh.click, again, [prefix], [prefix, *fields])
+    listener = (again, [prefix], [prefix, *fields])
+    compat.on(refresh.click, *listener)
     for component in use_inputs:
         compat.on(component.change, use_line, use_inputs, [use_command])
     for component in publish_inputs:
@@ -80,3 +84,4 @@ def build(desk: Desk) -> None:
               use_inputs, [used])
     compat.on(publish.click, lambda *values: pages.said(desk.publish(*(v or "" for v in values))),
               publish_inputs, [published])
+    return listener
