@@ -6,6 +6,7 @@ it. `setup_host.py` must have been run for that folder.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -59,12 +60,14 @@ class Server:
     probe: Path
     log: Path
     process: subprocess.Popen
+    auth: str = ""
 
-    def call(self, path: str, body: Any = None, *, headers: dict[str, str] | None = None,
-             timeout: float = 300) -> tuple[int, Any]:
-        """(status, JSON or text): a POST where there is a body."""
+    def call(self, path: str, body: Any = None, *, auth: str | None = None, timeout: float = 300) -> tuple[int, Any]:
+        """(status, JSON or text): a POST where there is a body; `auth` is "user:password"."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **(headers or {})})
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        if given := self.auth if auth is None else auth:
+            request.add_header("authorization", "Basic " + base64.b64encode(given.encode()).decode())
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return answer.status, json.load(answer)
@@ -104,7 +107,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool = True, wait: float = 400,
-            options: dict[str, Any] | None = None, ui: bool = False) -> Iterator[Server]:
+            options: dict[str, Any] | None = None, ui: bool = False, auth: str = "") -> Iterator[Server]:
     """A host with these arguments, ended afterwards; ready when it has loaded the checkpoint.
 
     Raises:
@@ -128,7 +131,8 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
                    "--use-cpu", "all", "--no-half", "--precision", "full", "--no-download-sd-model",
                    "--do-not-download-clip", "--no-hashing", "--disable-safe-unpickle", "--api", "--server-name",
                    "127.0.0.1", "--port", str(port), "--ui-settings-file", str(work / "config.json"),
-                   "--ui-config-file", str(work / "ui-config.json"), *([] if ui else ["--nowebui"]), *arguments]
+                   "--ui-config-file", str(work / "ui-config.json"), *([] if ui else ["--nowebui"]),
+                   *(["--api-auth", auth] if auth else []), *arguments]
         log = work / "log.txt"
         (work / "probe").mkdir()
         with log.open("wb") as out:
@@ -136,7 +140,7 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
                 command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env=keep | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
                             "OMP_NUM_THREADS": "1", "APL_PROBE": str(work / "probe")} | (environ or {}))
-        server = Server(f"http://127.0.0.1:{port}", folder, work / "probe", log, process)
+        server = Server(f"http://127.0.0.1:{port}", folder, work / "probe", log, process, auth)
         try:
             _wait(server, wait)
             yield server
