@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -110,15 +110,13 @@ def read_cast(path: Path, *, descriptions: bool = True) -> list[CastMember]:
     """The persons of a table. Raises DatasetError with the first things wrong, their rows and the way out."""
     wrong = cast_problems(path, descriptions=descriptions)
     if wrong:
-        raise DatasetError(f"{path.name}: {listed(wrong)}", "Mend the table and start again.",
-                           field=wrong[0].column or path.name)
+        first = wrong[0]
+        place = f", row {first.row}" if first.row else ""
+        column = f", column {first.column}" if first.column else ""
+        more = f" Problems after this one: {len(wrong) - 1}." if len(wrong) > 1 else ""
+        raise DatasetError(f"{path.name}{place}{column}: {first.message}{more}", first.hint,
+                           field=first.column or path.name)
     return _read(path)[0]
-
-
-def listed(problems: Sequence[Problem], most: int = 5) -> str:
-    """The first problems in one text, and how many more there are."""
-    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(str(p) for p in problems[:most]) + more
 
 
 def write_cast(path: Path, people: Iterable[CastMember]) -> None:

@@ -98,6 +98,8 @@ class TrainConfig:
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}.", f"Use one of: {', '.join(allowed)}.",
                                   field=field)
+        if self.device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+            raise ConfigError(f"device is {self.device!r}.", "Use one of: auto, cpu, cuda, mps.", field="device")
         if self.low_t > self.high_t:
             raise ConfigError(f"low_t is {self.low_t}, above high_t {self.high_t}.", "Swap the two.", field="low_t")
         if self.no_reg and self.id_share == 0:

@@ -132,7 +132,7 @@ class Studio:
         self._processes.once(lambda: self._check_plan(wanted))
         self._failed = self._read_failures()
         mine = self._processes.share(wanted)
-        own: dict[str, list[str]] = {}
+        own = {w.key: self._failed[w.key] for w in mine if w.key in self._failed}  # its file is written anew
         for attempt in range(self._how.redraws + 1):
             waiting = [w for w in mine if not self._path(w).exists() and len(self._failed.get(w.key, ())) == attempt]
             for start in range(0, len(waiting), self._how.batch):
