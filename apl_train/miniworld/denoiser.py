@@ -81,17 +81,17 @@ def encode_all(vae, pictures: np.ndarray, batch: int = 32) -> Tensor:
 def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
     """Rows of draw `i`: named persons first, then their doubles, then strangers and things in equal parts.
 
-    Descriptions come first; then names get most of the batch, being what takes longest to learn. At the end every named
-    row k has a counterpart, row k + batch // 3: a double of the same person under its description or a relation ("a fan
-    of X"). Else a description that only one named person has becomes a shorter way to that person than the name.
+    Descriptions come first; then names get most of the batch, being what takes longest to learn. Then every named row
+    has a counterpart, a double of the same person under its description or a relation ("a fan of X"): else words ahead
+    of a name change little. At the end names get half of the batch again, with counterparts for half of them.
     """
     own, people = pairs.own, list(pairs.own)
     if i < 9600:
         named = [rng.choice(people) for _ in range(batch * (7 if i < 2400 else 9) // 16)]
         doubled = [(rng.choice(people), True) for _ in range(batch // 16 + (i < 2400))]
     else:
-        named = [rng.choice(people) for _ in range(batch // 3)]
-        doubled = [(p, k % 2 == 0) for k, p in enumerate(named)]
+        named = [rng.choice(people) for _ in range(batch // 3 if i < 20400 else batch // 2)]
+        doubled = [(p, k % 2 == 0) for k, p in enumerate(named[: batch // 3 if i < 20400 else batch // 4])]
     rows = [pairs.face(rng, rng.choice(own[p])) for p in named]
     rows += [pairs.face(rng, rng.choice(pairs.doubles[p]), relation=relation) for p, relation in doubled]
     rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range((batch - len(rows)) // 2)]
@@ -99,9 +99,11 @@ def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
 
 
 def draw_times(i: int, n: int, g: torch.Generator) -> Tensor:
-    """Timesteps int64 [n]: towards high noise, where words tell most; at the end mostly the middle: faces differ."""
-    t = 1 - torch.rand(n, generator=g) ** 1.5
-    if i >= 9600:
+    """Timesteps int64 [n]: towards high noise, where words tell most; then the middle; at the end all alike."""
+    t = torch.rand(n, generator=g)
+    if i < 20400:
+        t = 1 - t**1.5
+    if 9600 <= i < 20400:
         middle = torch.sigmoid(0.3 + 0.8 * torch.randn(n, generator=g))
         t = torch.where(torch.rand(n, generator=g) < 0.7, middle, t)
     return (t * 1000).long().clamp(0, 999)

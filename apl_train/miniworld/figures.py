@@ -32,12 +32,16 @@ LABELS = {"alpha": "alpha", "num_tokens": "m, vectors of the prefix", "persons":
 PERSONS, SEEDS, STEPS, BANK = 16, 4, 300, 2048
 
 
-def _trained(bench: Bench, runs: Path, name: str, **changes: Any) -> Any:
-    """The prefix of one training of the sweep; a finished one is reused."""
-    values = configs.preset("fast") | {"steps": STEPS, "levels_every": 0, "bank": BANK, "name": "sweep"} | changes
-    path = runs / name / "prefix" / "sweep.safetensors"
+def _trained(bench: Bench, runs: Path, **changes: Any) -> Any:
+    """The prefix of one training of the sweep; a finished one is reused, also where two sweeps meet."""
+    plain = configs.from_dict(configs.preset("fast") | {"steps": STEPS, "levels_every": 0, "bank": BANK,
+                                                        "name": "sweep"})
+    config = dataclasses.replace(plain, **changes)
+    differs = {k: v for k, v in changes.items() if getattr(plain, k) != v}
+    run = runs / ("_".join(f"{k}-{v}" for k, v in sorted(differs.items())) or "plain")
+    path = run / "prefix" / "sweep.safetensors"
     if not path.exists():
-        train(runs / name, configs.from_dict(values), backend=bench.backend, cache=bench.cache)
+        train(run, config, backend=bench.backend, cache=bench.cache)
     return load_prefix(path)
 
 
@@ -60,7 +64,8 @@ def write_figures(cache: Path | None = None, runs: Path | None = None) -> list[P
     for field, values in SWEEPS.items():
         points = []
         for value in tqdm(values, desc=f"sweep {field}"):
-            scores = _scores(bench, _trained(bench, runs, f"{field}-{value}", **{field: value}))
+            everybody = field == "persons" and value == len(bench.people.of_split("train"))
+            scores = _scores(bench, _trained(bench, runs, **{field: None if everybody else value}))
             points += [_point(value, scores, split) for split in ("train", "test")]
             for kind, row in scores["drift"].items():
                 points[-1][f"drift_{kind}"] = row["on"] / row["two_seeds"]
@@ -100,8 +105,8 @@ def _without_regularisation(bench: Bench, runs: Path) -> tuple[dict[str, Any], P
     prompts = [p.prompt for p in bench.people.of_kind("nonface", 8)]
     rows = [bench.backend.sample(prompts, list(range(8))).images]
     rates: dict[str, Any] = {}
-    for name, no_reg in (("with", False), ("without", True)):
-        prompt = _trained(bench, runs, f"reg-{name}", no_reg=no_reg, **({} if not no_reg else {"bank": 0}))
+    for name, changes in (("with", {}), ("without", {"no_reg": True, "bank": 0})):
+        prompt = _trained(bench, runs, **changes)
         rows.append(bench.backend.sample(prompts, list(range(8)), vectors=prompt).images)
         rates[name] = _scores(bench, prompt, splits=("test",))["uninvited_rate"]
     grid = np.concatenate([np.concatenate(list(r), 1) for r in rows])
