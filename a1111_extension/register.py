@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..apl_core.errors import APLError
 from .api import add_routes
 from .conds import patch_processing
 from .counter import patch_counter
@@ -92,14 +91,12 @@ def trainer_tab() -> Any:
     """The shared trainer interface, where it is there and the operator did not lock training; else None."""
     if JOBS.policy is not None and JOBS.policy.enforced and JOBS.policy.lock_training:
         return None
-    try:
-        from .trainer import blocks
-    except ImportError:
-        return None
+    from .trainer import blocks
+
     try:
         return blocks()
-    except APLError as error:
-        _log.info("APL: no trainer tab: %s", error)
+    except Exception as error:  # the page is a convenience; the host's own page must come up without it
+        _log.warning("APL: no trainer tab: %s", error)
         return None
 
 
