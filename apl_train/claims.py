@@ -30,6 +30,7 @@ RESUME = "python -m pytest tests/world/test_resume.py"
 DEMO = "python install.py demo"
 REAL = "python benchmarks/real_sd15.py"
 COMFY = "python benchmarks/comfyui_cost.py"
+COMFY_ENFORCED = "python benchmarks/comfyui_enforcement.py"
 COMFY_PICTURES = "python -m pytest tests/comfy/test_miniature_in_host.py"
 COMFY_LIVE = "python -m pytest tests/comfy/test_workflows_live.py"
 
@@ -93,6 +94,8 @@ TARGETS: dict[str, Target] = {
     "comfy-foreign": Target("ComfyUI: packages of others that the import brings", "<= 0", COMFY, "comfyui"),
     "comfy-encode": Target("ComfyUI: an encode with the prefix / one without, equal chunks", "<= 1.02", COMFY,
                            "comfyui"),
+    "comfy-enforcement": Target("ComfyUI: an encode on an enforced server / on an ordinary one", "<= 1.02",
+                                COMFY_ENFORCED, "comfyui"),
     "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIGURES),
 }
 

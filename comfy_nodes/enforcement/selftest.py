@@ -10,12 +10,12 @@ import torch
 
 from ...apl_core.errors import APLError, PolicyError
 from .guard import Guard
-from .seal import KEY, Seal, Sealer
+from .seal import KEY, Seal
 
 _SHORT, _LONG = "a self-test", "a photo of a person in a garden, " * 25
 
 
-def run_self_test(guard: Guard, sealer: Sealer) -> dict[str, Any]:
+def run_self_test(guard: Guard) -> dict[str, Any]:
     """What was tested and how long it took.
 
     Raises:
@@ -26,7 +26,7 @@ def run_self_test(guard: Guard, sealer: Sealer) -> dict[str, Any]:
     families = [family for family in ("sd1", "sdxl") if family in guard.prefixes]
     with torch.inference_mode():
         for family in families:
-            _test_family(guard, sealer, family)
+            _test_family(guard, family)
     with guard._lock:  # the test's own rows are no users' rows
         guard.counters.clear()
         guard.counters.update(before)
@@ -50,7 +50,7 @@ def _small_clip(guard: Guard, family: str) -> Any:
     return clip
 
 
-def _test_family(guard: Guard, sealer: Sealer, family: str) -> None:
+def _test_family(guard: Guard, family: str) -> None:
     import comfy.sampler_helpers
 
     clip = _small_clip(guard, family)

@@ -36,7 +36,7 @@ def switch_on() -> Status | None:
         if not policy.enforced:
             _log.info("APL policy %s: mode %s, users decide.", policy.source, policy.mode)
             status = Status(policy)
-            _serve(status, None)
+            _serve(status)
             return status
         return enforce(policy)
     except Exception as error:  # whatever it is: a server that was to be enforced must not start without
@@ -58,7 +58,7 @@ def enforce(policy: Policy) -> Status:
     hooks, sealer = Hooks(), Sealer(guard)
     place_all(hooks, guard, sealer)
     status = Status(policy, guard, hooks)
-    _serve(status, sealer)
+    _serve(status)
     _log.warning("APL enforced mode is on: %s, policy %s (sha256 %s).", ", ".join(
         f"{family} {prefix.name}" for family, prefix in guard.prefixes.items()), policy.source, policy.sha256[:16])
     return status
@@ -95,7 +95,7 @@ def place_all(hooks: Hooks, guard: Guard, sealer: Sealer) -> None:
     guard.check = check
 
 
-def _serve(status: Status, sealer: Sealer | None) -> None:
+def _serve(status: Status) -> None:
     """The status route, the last look before serving, and the watch afterwards; none of it where no server runs."""
     from aiohttp import web
     from server import PromptServer
@@ -109,22 +109,21 @@ def _serve(status: Status, sealer: Sealer | None) -> None:
         code, body = status.report()
         return web.json_response(body, status=code)
 
-    if sealer is not None:
-        server.app.cleanup_ctx.append(lambda app: _serving(status, sealer))
+    if status.guard is not None and status.hooks is not None:
+        server.app.cleanup_ctx.append(lambda app: _serving(status, status.guard, status.hooks))
 
 
-async def _serving(status: Status, sealer: Sealer) -> AsyncIterator[None]:
+async def _serving(status: Status, guard: Guard, hooks: Hooks) -> AsyncIterator[None]:
     """Up to the `yield`, every pack is loaded and nothing is served yet; after it, the server has ended."""
     import nodes
 
-    guard, hooks = sealer.guard, status.hooks
     if missing := hooks.missing():
         refuse_to_start(f"{', '.join(missing)} was replaced by another custom node.")
     status.removed = remove_denied(guard, nodes.NODE_CLASS_MAPPINGS)
     if status.removed:
         _log.info("APL enforced mode: %d nodes are not offered: %s.", len(status.removed), ", ".join(status.removed))
     try:
-        status.self_test = run_self_test(guard, sealer)
+        status.self_test = run_self_test(guard)
     except APLError as error:
         refuse_to_start(error)
     except Exception as error:  # the host's own code failed under the hooks: neither may be trusted

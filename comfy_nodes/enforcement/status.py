@@ -26,7 +26,7 @@ class Status:
         """The HTTP code (200, or 503 where the policy is not kept) and the JSON of the answer."""
         policy = self.policy
         body: dict[str, Any] = {
-            "mode": policy.mode, "policy": {"source": policy.source, "sha256": policy.sha256},
+            "mode": policy.mode, "policy": {"sha256": policy.sha256},
             "negative": policy.negative, "unsupported": policy.unsupported, "strict": policy.strict,
             "consent": len(policy.consent.persons), "uptime_seconds": round(time.time() - self.began, 1),
         }

@@ -29,12 +29,12 @@ WIDTH_L, WIDTH_G, M = 32, 48, 10
 HERE = Path(__file__).parent
 
 
-def write_policy(folder: Path, **changes: Any) -> Path:
+def write_policy(folder: Path, *, width_sd1: int = WIDTH_L, **changes: Any) -> Path:
     """A policy for the small models of the test pack, with random prefixes beside it. `changes` go over its keys."""
     prefixes = folder / "prefixes"
     prefixes.mkdir(parents=True, exist_ok=True)
     entries = {}
-    for seed, (family, widths) in enumerate({"sd1": {"emb_params": WIDTH_L},
+    for seed, (family, widths) in enumerate({"sd1": {"emb_params": width_sd1},
                                              "sdxl": {"clip_l": WIDTH_L, "clip_g": WIDTH_G}}.items()):
         generator = torch.Generator().manual_seed(40 + seed)
         tensors = {key: torch.randn(M, width, generator=generator) for key, width in widths.items()}
