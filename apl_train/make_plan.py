@@ -102,7 +102,7 @@ def train_config(settings: MakeSettings, s_id: Path, s_reg: Path) -> configs.Tra
         values |= {"steps": settings.steps, "levels_every": levels, "warmup": min(values.get("warmup", 0),
                                                                                 settings.steps // 10)}
     values |= {"base_model": settings.checkpoint, "s_id": str(s_id), "s_reg": str(s_reg), "name": settings.name,
-               "seed": settings.seed, "device": settings.device, "vae": settings.vae}
+               "seed": settings.seed, "device": settings.device, "vae": settings.vae, "previews": settings.previews}
     return configs.from_dict(values, origin=f"preset {settings.preset}")
 
 

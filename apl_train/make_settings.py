@@ -45,6 +45,8 @@ class MakeSettings:
     """Denoising steps of a picture; 0 = 20 for the miniature, 30 otherwise."""
     guidance: float = 0.0
     """Classifier-free guidance of all pictures; 0 = 3 for the miniature, 7.5 otherwise."""
+    previews: int = 4
+    """Persons to draw without and with the prefix at every level of the training; 0 = none."""
     score_persons: int = 16
     """Unseen persons, and as many seen ones, to score."""
     score_seeds: int = 4
@@ -62,7 +64,8 @@ class MakeSettings:
 
     def __post_init__(self) -> None:
         ranges = (("steps", 0, 10_000_000), ("limit", 0, 1_000_000), ("each", 1, 1000), ("neutral", 2, 1_000_000),
-                  ("draw_steps", 0, 1000), ("score_persons", 1, 100_000), ("score_seeds", 1, 1000),
+                  ("draw_steps", 0, 1000), ("previews", 0, 64),
+                  ("score_persons", 1, 100_000), ("score_seeds", 1, 1000),
                   ("seed", 0, 2**31 - 1))
         for field, low, high in ranges:
             value = getattr(self, field)

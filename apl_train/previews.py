@@ -52,7 +52,7 @@ def sitters(config: TrainConfig, s_id: Dataset) -> list[Sitter]:
     In the miniature half of them are persons that the training never meets; elsewhere they are the first ones of S_ID,
     whose own pictures are the reference: likeness then means likeness to what the model draws by the name.
     """
-    if config.s_id == shipped.MINIATURE:
+    if config.base_model == shipped.MINIATURE:  # whatever set it learns from, it knows these persons
         people = read_evaluation_set(shipped.locate("persons", shipped.MINIATURE))
         test = people.of_split("test", config.previews // 2)
         train = people.of_split("train", config.previews - len(test))

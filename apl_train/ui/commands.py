@@ -57,6 +57,7 @@ class Wish:
         steps: 0 for the preset's.
         people: table of persons to draw, "" for the one that ships; `limit` of them, 0 for all.
         each, neutral: pictures of each person, and of things and unnamed persons.
+        score: unseen persons, and as many seen ones, that `make` scores.
     """
 
     name: str = "anonymize"
@@ -70,6 +71,7 @@ class Wish:
     limit: int = 0
     each: int = 4
     neutral: int = 400
+    score: int = 16
 
 
 def train(wish: Wish, run: Path) -> list[str]:
@@ -86,7 +88,8 @@ def train(wish: Wish, run: Path) -> list[str]:
 def make(wish: Wish, run: Path, embeddings: Path, host: Path | None) -> list[str]:
     """`apl make`: everything from the checkpoint to the installed prefix."""
     words = ["make", "--run", str(run), "--checkpoint", wish.checkpoint, "--name", wish.name, "--preset", wish.preset,
-             "--embeddings", str(embeddings)]
+             "--embeddings", str(embeddings), "--previews", str(wish.previews), "--score_persons",
+             str(wish.score)]
     words += ["--host", json.dumps([str(host)])] if host else []
     words += ["--steps", str(wish.steps)] if wish.steps else []
     if wish.s_id:

@@ -203,8 +203,8 @@ class Desk:
         if job.control == "pause":
             jobs.tell(job, "")
             return Said(f"{run.name} goes on.", GOOD, run.name)
-        if job.kind not in TRAINING or job.control:
-            return Said(f"{run.name} cannot be paused now.", NOTE, run.name)
+        if job.kind not in TRAINING or job.control or run.stage not in ("", "train"):
+            return Said(f"{run.name} can be paused while it trains; stop saves what there is.", NOTE, run.name)
         jobs.tell(job, "pause")
         return Said(f"{run.name} pauses after this step; the model stays in memory. Stop frees it.", GOOD, run.name)
 

@@ -64,23 +64,26 @@ class Form:
                 self.steps = gr.Number(value=self.of(fitting[0]).steps, precision=0, label="Steps", elem_id="apl-steps")
                 self.faces = gr.Slider(0, 8, value=4, step=1, label="Persons to draw at every level",
                                        elem_id="apl-faces")
+                self.score = gr.Number(value=16, precision=0, label="Persons to score at the end",
+                                       elem_id="apl-score")
         self.inputs = [self.checkpoint, self.source, self.s_id, self.s_reg, self.people, self.limit, self.each,
-                       self.neutral, self.preset, self.steps, self.name, self.faces]
+                       self.neutral, self.preset, self.steps, self.name, self.faces,
+                       self.score]
         self.defaults = (MINIATURE, SHIPPED, "", "", "", 0, 4, 400, fitting[0], self.of(fitting[0]).steps, "anonymize",
-                         4)
+                         4, 16)
 
     def of(self, name: str) -> commands.Preset:
         return next((p for p in self.presets if p.name == name), self.presets[0])
 
     def wish(self, model: str, source: str, s_id: str, s_reg: str, people: str, limit: float | None,
              each: float | None, neutral: float | None, preset: str, steps: float | None, name: str,
-             faces: float) -> Wish:
+             faces: float, score: float | None) -> Wish:
         sets = {SHIPPED: (MINIATURE, MINIATURE), DRAWN: ("", "")}.get(source, ((s_id or "").strip(),
                                                                               (s_reg or "").strip()))
         count = int(steps or 0)
         return Wish((name or "").strip(), (model or MINIATURE).strip(), *sets, preset,
                     0 if count == self.of(preset).steps else count, int(faces), (people or "").strip(),
-                    int(limit or 0), int(each or 0), int(neutral or 0))
+                    int(limit or 0), int(each or 0), int(neutral or 0), int(score or 0))
 
     def problem(self, *values: Any) -> Said | None:
         """What can be told without asking the trainer."""

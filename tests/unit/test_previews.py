@@ -122,7 +122,7 @@ def write_set(folder: Path) -> Path:
 
 def test_persons_of_an_own_set_come_with_their_own_pictures(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "s_id")
-    found = sitters(TrainConfig(s_id=str(folder), previews=2), read_dataset(folder, expect="id"))
+    found = sitters(TrainConfig("m.safetensors", s_id=str(folder), previews=2), read_dataset(folder, expect="id"))
     assert [(p.name, p.split, p.prompt, len(p.pictures)) for p in found] == [
         ("ab", "train", "photo of ab", 2), ("cd", "train", "photo of cd", 1)]
     assert found[0].pictures[1].mean() == 11

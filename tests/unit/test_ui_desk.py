@@ -192,8 +192,28 @@ def test_the_commands_are_ones_that_the_command_line_takes(desk: Desk, tmp_path:
     assert (config.steps, config.levels_every, config.previews, config.batch_size) == (60, 12, 3, 8)
     for words in (commands.resume(tmp_path), commands.score(tmp_path / "p", "miniature", tmp_path / "s.json"),
                   commands.use(tmp_path / "p", [tmp_path, tmp_path], "n"),
-                  commands.publish(tmp_path / "p", tmp_path / "o", "t", "", "MIT", "")):
+                  commands.publish(tmp_path / "p", tmp_path / "o", "t", "", "MIT", ""), commands.validate(wish),
+                  *commands.generate(Wish(people="p.csv", limit=3), tmp_path), *commands.generate(wish, tmp_path)):
         assert top.parse_args(words)
+
+
+def test_make_takes_the_wish_as_it_is(tmp_path: Path) -> None:
+    from apl_train import cli
+    from apl_train.make_settings import MakeSettings
+
+    top, _ = cli._parsers({})
+
+    def settings(wish: Wish, host: Path | None) -> MakeSettings:
+        args = top.parse_args(commands.make(wish, tmp_path / "r", tmp_path / "e", host)).make
+        values = {k: getattr(args, k) for k in MakeSettings.__dataclass_fields__}
+        return MakeSettings(**values | {"host": tuple(values["host"])})
+
+    drawn = settings(Wish("n", "/m.safetensors", "", "", "sd15-fast", 60, 2, "p.csv", 5, 3, 40), tmp_path / "h")
+    assert (drawn.name, drawn.checkpoint, drawn.preset, drawn.steps) == ("n", "/m.safetensors", "sd15-fast", 60)
+    assert (drawn.people, drawn.limit, drawn.each, drawn.neutral, drawn.s_id) == ("p.csv", 5, 3, 40, "")
+    assert (drawn.host, drawn.embeddings, drawn.previews) == ((str(tmp_path / "h"),), str(tmp_path / "e"), 2)
+    given = settings(Wish(), None)
+    assert Path(given.s_id).is_dir() and Path(given.s_reg).is_dir() and given.host == ()
 
 
 def test_every_preset_can_be_chosen_for_the_checkpoint_that_it_is_for() -> None:

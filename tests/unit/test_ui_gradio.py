@@ -18,9 +18,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 UI = ROOT / "apl_train" / "ui"
-IDS = {"apl-root", "apl-strip", "apl-checkpoint", "apl-source", "apl-look", "apl-check", "apl-preset", "apl-start",
-       "apl-picker", "apl-runs", "apl-status", "apl-pause", "apl-stop", "apl-resume", "apl-previews", "apl-log",
-       "apl-first", "apl-second", "apl-prefix", "apl-use", "apl-publish", "apl-title", "apl-author", "apl-licence"}
+IDS = {"apl-root", "apl-strip", "apl-checkpoint", "apl-source", "apl-look", "apl-check", "apl-draw", "apl-preset",
+       "apl-make", "apl-start", "apl-picker", "apl-runs", "apl-status", "apl-pause", "apl-stop", "apl-resume",
+       "apl-previews", "apl-log", "apl-first", "apl-second", "apl-prefix", "apl-use", "apl-publish", "apl-title",
+       "apl-author", "apl-licence"}
 _TRAINER = ("diffusers", "transformers", "accelerate", "insightface", "onnxruntime", "jsonargparse", "tqdm")
 _SCRIPT = """
 import importlib.util, json, sys, urllib.request, warnings
