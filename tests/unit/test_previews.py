@@ -145,3 +145,69 @@ def test_a_model_without_an_installed_recogniser_draws_without_scores(monkeypatc
 def test_too_many_previews_are_refused() -> None:
     with pytest.raises(ConfigError, match="previews is 65"):
         TrainConfig(previews=65)
+
+
+@pytest.fixture(scope="module")
+def tiny_backend(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("diffusers")
+    import yaml
+    from fakes import tiny_models as tiny
+    from safetensors.torch import save_file
+
+    from apl_train.backend import Backend
+    from apl_train.model_files import read_parts
+    from apl_train.single_file import ldm_config, to_ldm
+
+    root = tmp_path_factory.mktemp("model")
+    models = tiny.unet(), tiny.vae(), tiny.text_encoder()
+    tiny.write_tokenizer(root / "tokenizer")
+    save_file({k: v.contiguous() for k, v in to_ldm(*models).items()}, root / "tiny.safetensors")
+    (root / "tiny.yaml").write_text(yaml.safe_dump(ldm_config(*models)))
+    return Backend(read_parts(root / "tiny.safetensors"))
+
+
+def test_the_training_does_not_notice_that_it_is_drawn(tmp_path: Path, tiny_backend: Any,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the same prefix with and without pictures, also where a job's folder is listened to."""
+    from apl_train.training import train
+
+    for name in ("s_id", "s_reg"):
+        folder = tmp_path / name
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        lines = ["image,name,prompt,description,kind"]
+        rows = [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id")] if name == "s_id" else \
+            [("", "a tree", "", "nonface"), ("", "a man", "", "face")]
+        for i, row in enumerate(rows):
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
+            lines.append(f"{i}.png," + ",".join(row))
+        (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(previews, "find_embedder", lambda _: None)
+    found = {}
+    for drawn in (0, 2):
+        config = TrainConfig("tiny.safetensors", s_id=str(tmp_path / "s_id"), s_reg=str(tmp_path / "s_reg"), steps=4,
+                             batch_size=2, levels_every=2, save_every=2, previews=drawn)
+        run = tmp_path / f"run-{drawn}"
+        if drawn:
+            monkeypatch.setenv("APL_JOB", str(tmp_path))
+        found[drawn] = train(run, config, backend=tiny_backend, cache=tmp_path / "cache")
+        steps = sorted(int(p.stem.rpartition("-")[2]) for p in (run / "previews").glob("step-*.json"))
+        assert steps == ([0, 2, 4] if drawn else [])
+    assert found[0].content_hash == found[2].content_hash
+
+
+def test_an_order_to_stop_saves_and_ends_a_real_training(tmp_path: Path, tiny_backend: Any,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    from apl_core.errors import TrainingStopped
+    from apl_train.state import has_state
+    from apl_train.training import train
+
+    folder = write_set(tmp_path / "s_id")
+    for file in folder.glob("*.png"):
+        Image.fromarray(np.full((64, 64, 3), int(file.stem) * 9, np.uint8)).save(file)
+    monkeypatch.setenv("APL_JOB", str(tmp_path))
+    (tmp_path / "control").write_text("stop")
+    config = TrainConfig("tiny.safetensors", s_id=str(folder), no_reg=True, id_share=1.0, steps=50, levels_every=0)
+    with pytest.raises(TrainingStopped, match="step 1 of 50"):
+        train(tmp_path / "run", config, backend=tiny_backend, cache=tmp_path / "cache")
+    assert has_state(tmp_path / "run")
