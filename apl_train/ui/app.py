@@ -66,7 +66,7 @@ def _strip(desk: Desk) -> str:
     waiting = desk.queue.waiting()
     busy = [job for job in waiting if job.state == RUNNING]
     active = desk.run(busy[0].run.name) if busy else None
-    return pages.strip(active, len(waiting) - len(busy))
+    return pages.strip(active, len(waiting) - len(busy), tell=desk.place.may_start)
 
 
 def serve(place: Place, *, address: str = "127.0.0.1", port: int | None = None, open_browser: bool = True,

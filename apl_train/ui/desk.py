@@ -157,10 +157,9 @@ class Desk:
         whole = [job for job in run.jobs if job.kind in ("make", "generate")]
         if not whole:
             return self._enqueue(run.folder, "resume", commands.resume(run.folder))
-        for job in dict.fromkeys(whole):  # the same commands go on where they were interrupted
-            said = self._enqueue(run.folder, job.kind, list(job.argv[3:]))
-            if job.kind == "make":
-                break
+        said = Said("")
+        for kind, argv in dict.fromkeys((job.kind, job.argv) for job in whole):  # each goes on where it was interrupted
+            said = self._enqueue(run.folder, kind, list(argv[3:]))
         return said
 
     def _enqueue(self, run: Path, kind: str, arguments: list[str]) -> Said:
@@ -299,6 +298,7 @@ class Desk:
         return [self.place.embeddings, *([self.place.host_embeddings] if self.place.host_embeddings else [])]
 
     @_told
+    @_guarded
     def use(self, choice: str, name: str, replace: bool) -> Said:
         """Copies a prefix into embeddings/ and the host's folder."""
         files = core("sharing").use(self.prefix_file(choice), self.folders(), name.strip(), replace=replace)
@@ -306,6 +306,7 @@ class Desk:
         return Said("Copied to:\n" + "\n".join(map(str, files)) + (f"\n{host.strip()}" if host else ""), GOOD)
 
     @_told
+    @_guarded
     def publish(self, choice: str, title: str, author: str, licence: str, description: str) -> Said:
         """Writes a copy for others, with its metadata filled in, beside the run."""
         source = self.prefix_file(choice)

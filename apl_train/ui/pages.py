@@ -80,24 +80,24 @@ def bar(run: Run) -> str:
     return f'<div class="apl-bar" title="{share:.0f}%"><i style="width:{share:.1f}%"></i></div>'
 
 
-def strip(active: Run | None, waiting: int) -> str:
+def strip(active: Run | None, waiting: int, *, tell: bool = True) -> str:
     """The one line above all screens: what runs now and how long it will take."""
     if active is None:
         return body('<div class="apl-strip"><span class="apl-dim">Nothing is running.</span></div>')
     trains = active.left and active.stage in ("", "train")
-    left = f"about {duration(active.left)} left" if trains else _phase(active)
+    left = f"about {duration(active.left)} left" if trains else _phase(active, tell)
     more = f'<span class="apl-dim">{waiting} waiting</span>' if waiting else ""
     count = f"step {active.step:,} of {active.steps:,}" if active.steps else ""
     return body(f'<div class="apl-strip"><b>{escape(active.name)}</b>{pill(active.state)}{bar(active)}'
                 f"<span>{count}</span><span>{left}</span>{more}</div>")
 
 
-def _phase(run: Run) -> str:
+def _phase(run: Run, tell: bool) -> str:
     if run.state == PAUSED:
         return "paused"
     if run.job and run.job.control == "stop":
         return "saving"
-    last = jobs.log_lines(run.job, 1, 4096) if run.job else []
+    last = jobs.log_lines(run.job, 1, 4096) if run.job and tell else []
     return escape(last[0][:90]) if last else "getting ready"
 
 
@@ -115,13 +115,13 @@ def run_list(found: Sequence[Run], waiting: Sequence[Job], selected: str) -> str
     return body(f'<div class="apl-scroll"><table class="apl-list">{"".join(rows)}</table></div>')
 
 
-def status(run: Run | None) -> str:
-    """State, figures and curves of the chosen run."""
+def status(run: Run | None, *, tell: bool = True) -> str:
+    """State, figures and curves of the chosen run; `tell`: what it printed too, which may hold names and paths."""
     if run is None:
         return body('<div class="apl-empty">Choose a run, or start one under "New prefix".</div>')
     head = (f'<div class="apl-top"><div><h2>{escape(run.name)} {pill(run.state)}</h2>'
             f'<p class="apl-dim">{escape(_about(run))}</p></div></div>')
-    return body(head, crash(run), _stages(run), _tiles(run), _charts(run))
+    return body(head, crash(run, tell=tell), _stages(run), _tiles(run), _charts(run))
 
 
 def _stages(run: Run) -> str:
@@ -139,7 +139,7 @@ def _stages(run: Run) -> str:
 
 def _about(run: Run) -> str:
     c = run.config
-    words = [f"checkpoint {c['base_model']}" if c.get("base_model") else "",
+    words = [f"checkpoint {Path(str(c['base_model'])).name}" if c.get("base_model") else "",
              f"{c.get('num_tokens')} vectors" if c.get("num_tokens") else "",
              f"alpha {c.get('alpha')}" if c.get("alpha") is not None else "",
              f"batch {c.get('batch_size')}" if c.get("batch_size") else ""]
@@ -172,7 +172,7 @@ def _charts(run: Run) -> str:
     return f'<div class="apl-charts">{"".join(parts)}</div>'
 
 
-def crash(run: Run) -> str:
+def crash(run: Run, *, tell: bool = True) -> str:
     """What ended a run that did not end well, with the last lines it printed."""
     if run.state not in (FAILED, LOST):
         return ""
@@ -181,8 +181,8 @@ def crash(run: Run) -> str:
         why = "It was interrupted: the computer was switched off, or its process was ended from outside."
     else:
         why = CODES.get(code, "") if code is not None else ""
-    lines = jobs.log_lines(run.job, 12) if run.job else []
-    told = f"<p>{escape(run.error)}</p>" if run.error else ""
+    lines = jobs.log_lines(run.job, 12) if run.job and tell else []
+    told = f"<p>{escape(run.error)}</p>" if run.error and tell else ""
     log = f'<pre class="apl-log">{escape(chr(10).join(lines))}</pre>' if lines else ""
     number = f" (exit code {code})" if code is not None else ""
     saved = f"Saved up to step {run.step:,} at most; Resume goes on from the last saved state." if run.step else ""
@@ -254,8 +254,8 @@ def sheet(found: Sequence[thumbs.Card], total: int, title: str) -> str:
                 f'<div class="apl-sheet">{"".join(figures)}</div>')
 
 
-def compared(a: Run | None, b: Run | None) -> str:
-    """Two runs side by side: what was set differently, both curves in one chart, last pictures, scores."""
+def compared(a: Run | None, b: Run | None, *, tell: bool = True) -> str:
+    """Two runs side by side: settings that differ, both curves in one chart, scores and, if `tell`, last pictures."""
     if a is None or b is None:
         return body('<div class="apl-empty">Choose two runs.</div>')
     keys = [key for key in dict.fromkeys([*a.config, *b.config]) if key != "config_version"]
@@ -278,7 +278,8 @@ def compared(a: Run | None, b: Run | None) -> str:
                      f"{content}</table></div></div>"
                      for title, content in (("What was set differently", rows), ("What came out", scored)))
     return body(f'<div class="apl-charts">{tables}</div>',
-                f"<p>{legend}</p>", f'<div class="apl-charts">{"".join(charts)}</div>', _faces_of_both(a, b))
+                f"<p>{legend}</p>", f'<div class="apl-charts">{"".join(charts)}</div>',
+                _faces_of_both(a, b) if tell else "")
 
 
 def _score_rows(a: Run, b: Run) -> list[tuple[str, str, str]]:

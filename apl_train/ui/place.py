@@ -15,6 +15,11 @@ NOT_ALLOWED = (
     "server can allow it with --allow-remote-train (apl ui) or --apl-allow-remote-train (WebUI)."
 )
 
+PRIVATE = (
+    "Faces, names, logs and commands are not shown on a page that listens beyond this machine: they may be personal "
+    "data."
+)
+
 
 def is_loopback(address: str | None) -> bool:
     """Whether a server bound to `address` is reached from this machine alone; None and "" mean every interface."""

@@ -43,11 +43,13 @@ def build(desk: Desk) -> compat.Listener:
 
 
 def _table(desk: Desk, a: str, b: str) -> str:
-    return pages.compared(desk.run(a), desk.run(b))
+    return pages.compared(desk.run(a), desk.run(b), tell=desk.place.may_start)
 
 
 def _command(desk: Desk, a: str, b: str) -> str:
     """Both finished prefixes measured on equal seeds: what a comparison in figures takes."""
+    if not desk.place.may_start:
+        return ""
     done = [run for run in (desk.run(a), desk.run(b)) if run is not None and run.final is not None]
     return " && ".join(commands.shown(commands.score(run.final, str(run.config.get("base_model", "miniature")),
                                                      run.folder / "scores.json")) for run in done)

@@ -165,12 +165,16 @@ def _run_for(desk: Desk, wish: Wish) -> Any:
 
 def line(desk: Desk, form: Form, *values: Any) -> str:
     """The command of "Make everything"."""
+    if not desk.place.may_start:
+        return ""
     wish = form.wish(*values)
     return commands.shown(commands.make(wish, _run_for(desk, wish), desk.place.embeddings, desk.place.host_embeddings))
 
 
 def train_line(desk: Desk, form: Form, *values: Any) -> str:
     """The command of "Only train", or those that draw the pictures."""
+    if not desk.place.may_start:
+        return ""
     wish = form.wish(*values)
     run = _run_for(desk, wish)
     if wish.s_id:

@@ -9,8 +9,9 @@ from typing import Any
 import gradio as gr
 
 from . import commands, compat, pages
-from .desk import Desk, Said
+from .desk import NOTE, Desk, Said
 from .jobs import QUEUED, RUNNING
+from .place import PRIVATE
 from .runs import PAUSED
 
 FAST, SLOW = 2.0, 4.0
@@ -36,13 +37,13 @@ def build(desk: Desk) -> tuple[Screen, Callable[[], tuple[Any, ...]]]:
         return pages.run_list(desk.runs(), desk.queue.waiting(), desk.selected)
 
     def show_status() -> str:
-        return pages.status(run())
+        return pages.status(run(), tell=allowed)
 
     def show_faces() -> str:
-        return pages.previews(run())
+        return pages.previews(run()) if allowed else pages.said(Said(PRIVATE, NOTE))
 
     def show_log() -> str:
-        return pages.log(run())
+        return pages.log(run() if allowed else None)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -94,7 +95,7 @@ def build(desk: Desk) -> tuple[Screen, Callable[[], tuple[Any, ...]]]:
 def _command(desk: Desk) -> str:
     """The command of the chosen run's newest job."""
     run = desk.run(desk.selected)
-    if run is None:
+    if run is None or not desk.place.may_start:
         return ""
     return commands.shown(run.job.argv[3:]) if run.job else commands.shown(commands.resume(run.folder))
 

@@ -17,8 +17,8 @@ def build(desk: Desk) -> compat.Listener:
     """Draws the screen; returns what brings it up to date, for when its tab is opened."""
     found = desk.prefixes()
     chosen = desk.newest_prefix()
-    known = desk.metadata(chosen)
-    folders = "\n".join(map(str, desk.folders()))
+    known, allowed = desk.metadata(chosen), desk.place.may_start
+    folders = "\n".join(map(str, desk.folders())) if allowed else "the prefix folders of this server"
     with gr.Row():
         prefix = gr.Dropdown(choices=found, value=chosen, label="Prefix (run @ step)", allow_custom_value=True,
                              scale=4, elem_id="apl-prefix")
@@ -28,7 +28,7 @@ def build(desk: Desk) -> compat.Listener:
             compat.html(pages.heading("Use this prefix", f"Copies it, checked, to:\n{folders}"))
             name = gr.Textbox(value=known.get("title", ""), label="Name to choose it by", elem_id="apl-use-name")
             replace = gr.Checkbox(value=False, label="Replace another prefix of that name")
-            use = gr.Button("Use this prefix", variant="primary", elem_id="apl-use")
+            use = gr.Button("Use this prefix", variant="primary", interactive=allowed, elem_id="apl-use")
             used = compat.html(elem_id="apl-used")
             use_command = compat.copy_box("Copy as command")
         with gr.Column(min_width=320, elem_id="apl-card-publish"):
@@ -40,18 +40,22 @@ def build(desk: Desk) -> compat.Listener:
                                   label="Licence", elem_id="apl-licence")
             text = gr.Textbox(value=known.get("description", ""), label="Description", lines=3,
                               elem_id="apl-description")
-            publish = gr.Button("Write the file", elem_id="apl-publish")
+            publish = gr.Button("Write the file", interactive=allowed, elem_id="apl-publish")
             published = compat.html(elem_id="apl-published")
             publish_command = compat.copy_box("Copy as command")
     use_inputs, publish_inputs = [prefix, name, replace], [prefix, title, author, licence, text]
 
     def use_line(choice: str, called: str, _replace: bool) -> str:
+        if not allowed:
+            return ""
         try:
             return commands.shown(commands.use(desk.prefix_file(choice), desk.folders(), (called or "").strip()))
         except core("errors").APLError:
             return ""
 
     def publish_line(choice: str, *texts: str) -> str:
+        if not allowed:
+            return ""
         try:
             out = desk.published(choice, texts[0] or "")
             return commands.shown(commands.publish(desk.prefix_file(choice), out, *(t or "" for t in texts)))

@@ -130,6 +130,14 @@ def test_a_crash_is_explained_with_the_last_lines(tmp_path: Path) -> None:
     assert pages.crash(Run(folder, (job(folder, RUNNING),), RUNNING)) == ""
 
 
+def test_where_others_look_no_log_is_shown(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path / "a")
+    for text in (pages.status(run, tell=False), pages.strip(run, 0, tell=False), pages.crash(run, tell=False)):
+        assert "alert(1)" not in text.replace("checkpoint &lt;img src=x onerror=alert(1)", "")
+    assert "Last pictures" not in pages.compared(run, run, tell=False)
+    assert "Last pictures" in pages.compared(run, run)
+
+
 def test_faces_carry_their_scores_and_many_levels_are_thinned(tmp_path: Path) -> None:
     levels = {step: (Preview("ab", "test", "off.png", "on.png", 0.71, 0.1 + step / 1000),) for step in range(0, 100, 5)}
     text = pages.previews(Run(tmp_path, (), "done", 95, 95, previews=levels))
