@@ -29,6 +29,10 @@ FIGURES = "apl miniworld figures"
 RESUME = "python -m pytest tests/world/test_resume.py"
 DEMO = "python install.py demo"
 REAL = "python benchmarks/real_sd15.py"
+STEP_FLOPS = "python benchmarks/step_cost.py flops"
+STEP_SECONDS = "python benchmarks/step_cost.py seconds"
+SAMPLES = "python benchmarks/samples_to_target.py"
+PROCESSES = "python -m pytest tests/unit/test_processes.py"
 COMFY = "python benchmarks/comfyui_cost.py"
 COMFY_ENFORCED = "python benchmarks/comfyui_enforcement.py"
 COMFY_PICTURES = "python -m pytest tests/comfy/test_miniature_in_host.py"
@@ -96,6 +100,17 @@ TARGETS: dict[str, Target] = {
                            "comfyui"),
     "comfy-enforcement": Target("ComfyUI: an encode on an enforced server / on an ordinary one", "<= 1.02",
                                 COMFY_ENFORCED, "comfyui"),
+    "flops-paper": Target("SD1.5, preset sd15-fast: FLOPs a sample / the paper's code", "<= 0.40", STEP_FLOPS,
+                          "real"),
+    "flops-floor": Target("SD1.5, preset sd15-fast: FLOPs a sample / the floor", "<= 1.15", STEP_FLOPS, "real"),
+    "step-paper": Target("miniature, preset fast: seconds a sample / the paper's code", "<= 0.5", STEP_SECONDS,
+                         "real"),
+    "step-inversion": Target("miniature, preset fast: seconds a sample / diffusers' textual_inversion", "<= 0.8",
+                             STEP_SECONDS, "real"),
+    "samples-to-target": Target("miniature: samples until ID-ACC is half of the base's / the paper's plain setting",
+                                "<= 0.2", SAMPLES, "real"),
+    "two-processes": Target("two processes: largest difference of a vector's element from one's", "<= 0.0001",
+                            PROCESSES, "real"),
     "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIGURES),
 }
 

@@ -1,0 +1,99 @@
+"""Samples until unseen persons are half as recognisable: `python benchmarks/samples_to_target.py [--run FOLDER]`.
+
+Trains the miniature with the preset `fast`, measures ID-ACC on S_test at every level, and notes after how many samples
+it first falls to the target, a share of the base model's. Then the paper's plain setting (preset `paper`: batch 1,
+constant rate, random words to start from) is trained for as long as it takes, at most `--most` times as many samples.
+Half an hour to an hour on two cores; begun trainings are resumed. With APL_RECORD_CLAIMS=1 the ratio becomes a row of
+benchmarks/claims.json; where the plain setting never gets there, it is an upper bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from apl_core.identity import load_embedder
+from apl_core.prefix import load_prefix
+from apl_train import claims, config, shipped
+from apl_train.backend import Backend
+from apl_train.evaluate import evaluate
+from apl_train.persons import read_evaluation_set
+from apl_train.training import resume, train
+
+
+class Judge:
+    """ID-ACC of a prefix file over the base model's, on persons that no training sees."""
+
+    def __init__(self, backend: Backend, persons: int, seeds: int, cache: Path) -> None:
+        self._backend, self._persons, self._seeds, self._cache = backend, persons, seeds, cache
+        self._people = dataclasses.replace(
+            read_evaluation_set(shipped.locate("persons", shipped.MINIATURE)), neutral=())
+        self._embedder = load_embedder(shipped.recogniser(shipped.MINIATURE))
+
+    def ratio(self, prefix: Path) -> float:
+        found = evaluate(self._backend, load_prefix(prefix), self._people, self._embedder, splits=("test",),
+                         conditions=("off", "on"), persons_limit=self._persons, seeds=self._seeds, cache=self._cache)
+        rows = found["persons"]["test"]
+        return rows["on"]["id_acc_mean"] / rows["off"]["id_acc_mean"]
+
+
+def trained(run: Path, settings: config.TrainConfig, backend: Backend, cache: Path) -> dict[int, Path]:
+    """Step -> prefix file of a training, begun or resumed here unless it is done."""
+    if not (run / "prefix" / f"{settings.name}.safetensors").exists():
+        if (run / "config.yaml").exists():
+            resume(run, backend=backend, cache=cache)
+        else:
+            train(run, settings, backend=backend, cache=cache)
+    files = {int(p.stem.rpartition("-")[2]): p for p in (run / "prefix").glob(f"{settings.name}.step-*.safetensors")}
+    return files | {settings.steps: run / "prefix" / f"{settings.name}.safetensors"}
+
+
+def first_below(files: dict[int, Path], judge: Judge, target: float, batch: int, label: str) -> int | None:
+    """Samples at the first level whose ratio is at most the target; None where there is none."""
+    for step, file in sorted(files.items()):
+        ratio = judge.ratio(file)
+        sys.stdout.write(f"{label}: {step * batch:6} samples  ID-ACC / base's {ratio:.3f}\n")
+        sys.stdout.flush()
+        if ratio <= target:
+            return step * batch
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/samples-to-target"))
+    parser.add_argument("--target", type=float, default=0.5, help="ID-ACC on S_test over the base model's")
+    parser.add_argument("--most", type=int, default=10, help="times as many samples for the plain setting, at most")
+    parser.add_argument("--persons", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+    cache = args.run.parent / "cache"
+    backend = Backend.load(shipped.locate("base_model", shipped.MINIATURE))
+    judge = Judge(backend, args.persons, args.seeds, cache)
+
+    def settings(name: str, **changes: Any) -> config.TrainConfig:
+        return config.from_dict(config.preset(name) | {"name": name, "base_model": shipped.MINIATURE} | changes)
+
+    fast = settings("fast", levels_every=35)
+    ours = first_below(trained(args.run / "fast", fast, backend, cache), judge, args.target, fast.batch_size, "fast")
+    if ours is None:
+        sys.stdout.write("the preset fast does not reach the target: nothing to compare\n")
+        sys.exit(9)
+    limit = args.most * ours
+    plain = settings("paper", steps=limit, levels_every=max(1, limit // 20), save_every=200)
+    theirs = first_below(trained(args.run / f"plain-{limit}", plain, backend, cache), judge, args.target, 1, "plain")
+    ratio = ours / (theirs or limit)
+    sys.stdout.write(f"fast {ours}, plain {theirs or f'more than {limit}'}: ratio "
+                     f"{'' if theirs else 'below '}{ratio:.3f}\n")
+    if os.environ.get("APL_RECORD_CLAIMS"):
+        claims.record({"samples-to-target": (ratio, None, args.persons)})
+
+
+if __name__ == "__main__":
+    main()
