@@ -2,7 +2,9 @@
 
 Guidance gives u + cfg (c - u) = cfg c + (1 - cfg) u. Above cfg 1 the negative prompt's share is below zero, and the
 prefix on both sides would cancel. At or below 1 it is a positive prompt like any other; so it is wherever the positive
-one is absent, guidance is computed by something else, or the sampler walks backwards. Then the prefix stays.
+one is absent, guidance is computed by something else, or the sampler walks backwards. A negative that changes with time
+comes back with the other sign in samplers that subtract their last step; one under a mask below zero, at once. Then the
+prefix stays.
 """
 
 from __future__ import annotations
@@ -17,19 +19,21 @@ from ..clip_patch import Layout
 from .guard import TAG, Encoder, Guard
 from .seal import KEY, Seal, Twin
 
-# All that a positive conditioning may hold. What is not listed could make it vanish somewhere: area, mask, a start or
-# an end, a schedule, a default.
+# All that a conditioning may hold, on either side. What is not listed could make it vanish or change sign somewhere: an
+# area, a mask, a start or an end, a schedule, a default.
 _HARMLESS = frozenset(
     {KEY, "cross_attn", "pooled_output", "model_conds", "uuid", "width", "height", "crop_w", "crop_h", "target_width",
      "target_height", "aesthetic_score", "control", "control_apply_to_uncond", "concat_latent_image", "concat_mask"}
 )
 _NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 _OWN_GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function",
-                 "sampler_calc_cond_batch_function", "model_function_wrapper", "context_handler")
+                 "sampler_calc_cond_batch_function", "model_function_wrapper", "context_handler",
+                 "denoise_mask_function")
+_LAST_LAYERS = "diffusion_model.out."  # turned round by a merge, they turn every prompt's sign
 _SAMPLERS = frozenset({"comfy.k_diffusion.sampling", "comfy.samplers", "comfy.extra_samplers.uni_pc"})
 
 
-def only_pushes_away(guider: Any, sampler: Any, sigmas: Any) -> bool:
+def only_pushes_away(guider: Any, sampler: Any, sigmas: Any, denoise_mask: Any = None) -> bool:
     """Whether the negative conditioning of a run is subtracted at every step and everywhere in the picture."""
     import comfy.samplers
 
@@ -38,15 +42,17 @@ def only_pushes_away(guider: Any, sampler: Any, sigmas: Any) -> bool:
     cfg = guider.cfg
     if isinstance(cfg, bool) or not isinstance(cfg, int | float) or not math.isfinite(cfg) or cfg <= 1.0:
         return False
-    options = guider.model_options
-    if any(options.get(name) for name in _OWN_GUIDANCE) or _any_wrapper(options) or \
-            getattr(guider.model_patcher, "object_patches", None):
+    options, patcher = guider.model_options, guider.model_patcher
+    if any(options.get(name) for name in _OWN_GUIDANCE) or _any_wrapper(options):
+        return False
+    if getattr(patcher, "object_patches", None) or any(key.startswith(_LAST_LAYERS) for key in patcher.patches):
         return False
     function = sampler.sampler_function
     if getattr(function, "__module__", "") not in _SAMPLERS or "cfg_pp" in getattr(function, "__name__", "cfg_pp"):
         return False
-    positive = guider.original_conds.get("positive") or []
-    return bool(positive) and all(map(_is_everywhere, positive)) and _falls(sigmas)
+    positive, negative = (guider.original_conds.get(side) or [] for side in ("positive", "negative"))
+    return (bool(positive) and all(map(_is_everywhere, [*positive, *negative])) and _falls(sigmas)
+            and (denoise_mask is None or _is_share(denoise_mask)))
 
 
 def _any_wrapper(options: Mapping[str, Any]) -> bool:
@@ -63,6 +69,10 @@ def _falls(sigmas: Any) -> bool:
     return bool(torch.isfinite(values).all() and (values >= 0).all() and (values[1:] < values[:-1]).all())
 
 
+def _is_share(mask: Any) -> bool:
+    return torch.is_tensor(mask) and not mask.is_nested and bool(((mask >= 0) & (mask <= 1)).all())
+
+
 def hooked_sample(guard: Guard) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For `CFGGuider.sample`: negatives lose the prefix for this one run, where that is safe."""
 
@@ -72,7 +82,8 @@ def hooked_sample(guard: Guard) -> Callable[[Callable[..., Any]], Callable[..., 
             guard.check()
             before = self.original_conds
             if "negative" in before and guard.policy.negative == "auto":
-                if only_pushes_away(self, sampler, sigmas):
+                mask = args[0] if args else kwargs.get("denoise_mask")
+                if only_pushes_away(self, sampler, sigmas, mask):
                     negative = [_plain(guard, cond) for cond in before["negative"]]
                     self.original_conds = {**before, "negative": negative}
                 else:
@@ -88,12 +99,11 @@ def hooked_sample(guard: Guard) -> Callable[[Callable[..., Any]], Callable[..., 
 
 
 def _plain(guard: Guard, cond: dict[str, Any]) -> dict[str, Any]:
-    """The conditioning without the prefix, or as it is: changed by a node, scheduled by hooks, or not ours."""
+    """The conditioning without the prefix, or as it is where a node changed it or did not encode it here."""
     seal = cond.get(KEY)
     twin = seal.twin if type(seal) is Seal else None
-    strength = cond.get("strength", 1.0)
-    if (twin is None or "hooks" in cond or twin.cond() is not cond.get("cross_attn")
-            or twin.pooled() is not cond.get("pooled_output") or not strength >= 0):
+    if (twin is None or twin.cond() is not cond.get("cross_attn")
+            or twin.pooled() is not cond.get("pooled_output")):
         guard.count("negatives_kept")
         return cond
     if twin.plain is None:

@@ -58,9 +58,12 @@ class Graph(dict):
         self.add("TestSink", conditioning=conditioning)
         return self
 
-    def sample(self, model: list, positive: list, negative: list, cfg: float = 7.0, **more: Any) -> Graph:
-        """Two steps of the host's own KSampler."""
+    def sample(self, model: list, positive: list, negative: list, cfg: float = 7.0, mask: float | None = None,
+               **more: Any) -> Graph:
+        """Two steps of the host's own KSampler; with a noise mask of one value where it is given."""
         latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+        if mask is not None:
+            latent = self.add("TestNoiseMask", latent=latent, value=mask)
         values = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0} | more
         self.add("TestLatent", latent=self.add("KSampler", model=model, positive=positive, negative=negative, cfg=cfg,
                                                latent_image=latent, **values))
@@ -327,6 +330,20 @@ simple("own", "a sampler that uses the negative's direction", "protected", lambd
 simple("own", "a negative changed by a node", "protected", lambda g, m, c, t: g.sample(m, g.encode(c, "a"), g.add(
     "ConditioningAverage", conditioning_to=g.encode(c, t), conditioning_from=g.encode(c, f"{t} b"),
     conditioning_to_strength=0.5)))
+for _key in ("area", "mask", "strength", "start_percent"):
+    simple("own", f"a negative that comes and goes, in a multistep sampler: {_key}", "protected",
+           lambda g, m, c, t, key=_key: g.sample(m, g.encode(c, "a"), g.add("ConditioningCombine", conditioning_1=g.add(
+               "TestSetKey", key=key, conditioning=g.encode(c, t)), conditioning_2=g.encode(c, "")),
+               sampler_name="dpmpp_2m"))
+simple("own", "the model's last layers subtracted", "protected", lambda g, m, c, t: g.sample(g.add(
+    "ModelMergeSubtract", model1=m, model2=g.checkpoint("tiny2.safetensors")[0], multiplier=-1.0), g.encode(c, "a"),
+    g.encode(c, t)))
+for _value, _expected in ((-0.5, "protected"), (1.5, "protected"), (0.5, "pushes away")):
+    simple("own", f"a noise mask of {_value}", _expected, lambda g, m, c, t, value=_value: g.sample(
+        m, g.encode(c, "a"), g.encode(c, t), mask=value))
+simple("own", "a LoRA on the model", "pushes away", lambda g, m, c, t: g.sample(g.add(
+    "LoraLoaderModelOnly", model=m, lora_name="tiny.safetensors", strength_model=1.0), g.encode(c, "a"),
+    g.encode(c, t)))
 simple("own", "positive and negative swapped", "pushes away",
        lambda g, m, c, t: g.sample(m, g.encode(c, t), g.encode(c, "bad quality")))
 simple("own", "one conditioning on both sides, cfg 7", "pushes away",

@@ -194,6 +194,11 @@ def TestSetKey(conditioning, key):
     return ([[cond, extra | {key: value}] for cond, extra in conditioning],)
 
 
+@node(outputs=("LATENT",), latent="LATENT", value=("FLOAT", {"default": 1.0, "min": -9.0, "max": 9.0}))
+def TestNoiseMask(latent, value):
+    return (latent | {"noise_mask": torch.full((1, 64, 64), value)},)
+
+
 @node(conditioning="CONDITIONING")
 def TestEmpty(conditioning):
     return (conditioning[:0],)
