@@ -97,6 +97,8 @@ def _phase(run: Run, tell: bool) -> str:
         return "paused"
     if run.job and run.job.control == "stop":
         return "saving"
+    if run.losses and run.step >= run.steps and run.stage in ("", "train"):
+        return "finishing"
     last = jobs.log_lines(run.job, 1, 4096) if run.job and tell else []
     return escape(last[0][:90]) if last else "getting ready"
 
