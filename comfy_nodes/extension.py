@@ -1,11 +1,13 @@
-"""What this pack tells ComfyUI: its nodes, and its model folder."""
+"""What this pack tells ComfyUI: its nodes, its model folder, and what is written into saved pictures."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import nodes_apply, nodes_compare, nodes_files, nodes_load, nodes_score
+from . import nodes_apply, nodes_chunks, nodes_compare, nodes_files, nodes_load, nodes_score, nodes_train, provenance
 from .folders import register
+
+MODULES = (nodes_load, nodes_apply, nodes_chunks, nodes_files, nodes_train, nodes_compare, nodes_score)
 
 
 class APLExtension(ComfyExtension):
@@ -14,5 +16,5 @@ class APLExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Not in `on_load`, which ComfyUI 0.3.64 does not call; the nodes' lists need the folder.
         register()
-        modules = (nodes_load, nodes_apply, nodes_files, nodes_compare, nodes_score)
-        return [node for module in modules for node in module.NODES]
+        provenance.register()
+        return [node for module in MODULES for node in module.NODES]

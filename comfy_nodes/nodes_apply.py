@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..apl_core.prefix import AnonymizationPrompt
 from .clip_patch import OVERFLOWS, anonymize
+from .provenance import record
 from .schema import AnonymizationPromptType, schema
 
 
@@ -35,6 +36,7 @@ class Anonymize(io.ComfyNode):
                     "goes on in the next chunk, which carries the prefix too; trim drops the rest; error stops.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             outputs=[io.Clip.Output("anonymized_clip", display_name="CLIP", tooltip="Connect it to the node that "
                                     "encodes the positive prompt.")],
         )
@@ -43,7 +45,11 @@ class Anonymize(io.ComfyNode):
     def execute(
         cls, clip: Any, anonymization_prompt: AnonymizationPrompt, enabled: bool, overflow: str
     ) -> io.NodeOutput:
-        return io.NodeOutput(anonymize(clip, anonymization_prompt, overflow) if enabled else clip)
+        if not enabled:
+            return io.NodeOutput(clip)
+        anonymized = anonymize(clip, anonymization_prompt, overflow)
+        record(anonymization_prompt, cls.hidden)
+        return io.NodeOutput(anonymized)
 
 
 NODES = [Anonymize]

@@ -36,14 +36,19 @@ def host_python(folder: Path) -> str:
 
 
 @cache
-def run_in_host(script: str, timeout: int = 900) -> dict[str, Any]:
-    """What a script beside this file prints as JSON on its last line; run once a session, by the host's interpreter."""
+def run_in_host(script: str, timeout: int = 900, *words: str) -> dict[str, Any]:
+    """What a script beside this file prints as JSON on its last line; run once a session, by the host's interpreter.
+
+    words: further arguments, after the host's folder and this repository.
+    """
     folder = host_folder()
     if folder is None:
         raise FileNotFoundError("no ComfyUI")
-    keep = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    # one of the packs switches itself off where it sees pytest's variable
+    drop = ("PYTHONPATH", "PYTHONHOME", "PYTEST_CURRENT_TEST")
+    keep = {key: value for key, value in os.environ.items() if key not in drop}
     done = subprocess.run(
-        [host_python(folder), str(Path(__file__).with_name(script)), str(folder), str(ROOT)],
+        [host_python(folder), str(Path(__file__).with_name(script)), str(folder), str(ROOT), *words],
         cwd=folder, env=keep | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout, check=False,
     )
     if done.returncode != 0:

@@ -23,7 +23,8 @@ import traceback
 import types
 from pathlib import Path
 
-HOST, ROOT = Path(sys.argv[1]), Path(sys.argv[2])
+HOST, ROOT, WRITING = Path(sys.argv[1]), Path(sys.argv[2]), "--write-locales" in sys.argv
+sys.path.insert(0, str(Path(__file__).parent))
 START, END = 49406, 49407
 WIDTH_L, WIDTH_G, M = 32, 48, 10
 
@@ -66,7 +67,8 @@ def start_host() -> None:
         for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
             _stand_in(name)
     sys.path.insert(0, str(HOST))
-    sys.argv = ["main.py", "--cpu", "--base-directory", str(SCRATCH), "--disable-api-nodes"]
+    sys.argv = ["main.py", "--cpu", "--base-directory", str(SCRATCH), "--disable-api-nodes",
+                "--use-pytorch-cross-attention"]
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -85,7 +87,9 @@ import comfy.sd  # noqa: E402
 import comfy.sdxl_clip  # noqa: E402
 import nodes  # noqa: E402
 import torch  # noqa: E402
+import workflow_files  # noqa: E402
 from comfy import sd1_clip, supported_models_base  # noqa: E402
+from locale_texts import texts  # noqa: E402
 
 PACK = str(ROOT).replace(".", "_x_")
 _start = time.process_time()
@@ -231,6 +235,7 @@ def check_every_input_has_a_tooltip_and_a_help_page() -> None:
         page = ROOT / "web" / "docs" / f"{name}.md"
         assert page.is_file() and len(page.read_text("utf-8")) > 400, f"{page.name} is missing or nearly empty"
         text = page.read_text("utf-8")
+        assert f"]({name}.png)" in text and page.with_suffix(".png").is_file(), f"{page.name} has no picture"
         for group in groups:
             for key, value in group.items():
                 shown = value[1].get("display_name", key) if len(value) == 2 else key
@@ -368,7 +373,8 @@ def check_the_refiner_takes_the_second_encoders_rows() -> None:
     same(encoded(patch.anonymize(refiner, AP2), LONG), wanted, "refiner")
 
 
-def check_a_scheduled_encode_carries_the_prefix() -> None:
+def scheduled() -> list[tuple]:
+    """(states, pooled) of `LONG` by ON1 under a hook whose LoRA has the strength 0, then 1; and the LoRA's change."""
     import comfy.hooks
 
     key = "clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.weight"
@@ -381,10 +387,15 @@ def check_a_scheduled_encode_carries_the_prefix() -> None:
     keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.5))
     made.set_keyframes_on_hooks(keyframes)
     hooked = NODES_EXTRA["SetClipHooks"]().apply_hooks(ON1, schedule_clip=True, apply_to_conds=False, hooks=made)[0]
-    first, second = hooked.encode_from_tokens_scheduled(hooked.tokenize(LONG), show_pbar=False)
+    found = hooked.encode_from_tokens_scheduled(hooked.tokenize(LONG), show_pbar=False)
+    return [(cond, extra["pooled_output"]) for cond, extra in found]
+
+
+def check_a_scheduled_encode_carries_the_prefix() -> None:
+    first, second = scheduled()
     wanted = reference1(ids(SD1, "clip_l", LONG))
-    same((first[0], first[1]["pooled_output"]), wanted, "strength 0")
-    differ((second[0],), wanted)
+    same(first, wanted, "strength 0")
+    differ(second, wanted)
     same(encoded(ON1, LONG), wanted, "afterwards")
 
 
@@ -720,41 +731,68 @@ def check_a_missing_recogniser_names_the_command() -> None:
 # -- example workflows
 
 
-def as_prompt(workflow: dict) -> dict:
-    """What the page sends for a saved workflow: widgets in order, links as [node, slot]."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] in ("MarkdownNote", "Note"):
-            continue
-        values, inputs = list(node.get("widgets_values", [])), {}
-        for entry in node["inputs"]:
-            if entry["link"] is not None:
-                inputs[entry["name"]] = links[entry["link"]]
-            if "widget" in entry:
-                value = values.pop(0)
-                inputs.setdefault(entry["name"], value)
-                if entry["name"] in ("seed", "noise_seed"):
-                    values.pop(0)  # what the page does with it after a run
-        assert not values, f"{node['type']} has values over: {values}"
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
-
-
 def check_example_workflows_are_valid() -> None:
     """But for the names of files, which are the user's: there the host's own list is put in."""
-    paths = sorted((ROOT / "example_workflows").glob("*.json"))
-    assert paths
+    from PIL import Image
+
+    paths = workflow_files.paths()
+    assert len(paths) >= 4
+    NODES.update(asyncio.run(_extras("nodes_clip_sdxl.py")))
     (SCRATCH / "models" / "checkpoints").mkdir(exist_ok=True)
     (SCRATCH / "models" / "checkpoints" / "mini.safetensors").write_bytes(b"")
+    Image.new("RGB", (32, 32)).save(SCRATCH / "input" / "example.png")
+    used = set()
     for path in paths:
-        prompt = as_prompt(json.loads(path.read_text("utf-8")))
-        for node in prompt.values():
-            names = {"ckpt_name": "mini.safetensors", "prompt_name": "ap-sd1"}
-            node["inputs"] |= {key: value for key, value in names.items() if key in node["inputs"]}
+        prompt = workflow_files.prompt_of(path, ckpt_name="mini.safetensors", prompt_name="ap-sd1")
         valid, error, outputs, problems = validated(prompt)
         assert valid and not problems, f"{path.name}: {error} {problems}"
         assert len(outputs) >= 1
+        used |= {node["class_type"] for node in prompt.values()}
+        assert path.with_suffix(".jpg").is_file(), f"{path.name} has no thumbnail"
+    ours = {name for name in NODES if name.startswith("APL_")}
+    assert ours <= used, f"in no example workflow: {ours - used}"
+
+
+def check_a_workflow_names_every_input_of_its_nodes() -> None:
+    """Values are saved by place: an input that came in between would take its neighbour's."""
+    NODES.update(asyncio.run(_extras("nodes_clip_sdxl.py")))
+    for path in workflow_files.paths():
+        for node in workflow_files.prompt_of(path).values():
+            info = NODES[node["class_type"]].INPUT_TYPES()
+            known = [key for kind in ("required", "optional") for key in info.get(kind, {})]
+            given = [key for key in node["inputs"] if key != "upload"]
+            links = [key for key in known if isinstance(node["inputs"].get(key), list)]
+            assert sorted(given) == sorted(known), (path.name, node["class_type"], given, known)
+            widgets = [key for key in given if key not in links]
+            assert widgets == [key for key in known if key not in links], (path.name, node["class_type"], widgets)
+
+
+# -- words
+
+
+def pack_schemas() -> list:
+    return [node.GET_SCHEMA() for name, node in NODES.items() if name.startswith("APL_")]
+
+
+def check_locales_are_what_the_nodes_say() -> None:
+    for name, text in texts(pack_schemas()).items():
+        path = ROOT / "locales" / "en" / name
+        assert path.read_text("utf-8") == text, f"{path.name} is old: run tests/comfy/write_locales.py"
+
+
+def check_the_preview_counts_tokens_as_the_hosts_tokenizer_does() -> None:
+    execute = NODES["APL_PreviewEncodedText"].execute
+    for text in ("", "a photo of a dog", "garden " * 65, "garden " * 66, "(a person:1.4) in a garden " * 12):
+        for given, room in ((SD1, 75), (ON1, 65)):
+            report = execute(given, text).args[0]
+            words = len(SD1.tokenizer.clip_l.tokenizer(text.replace("(", "").replace(":1.4)", ""))["input_ids"]) - 2
+            used = [int(line.split(": ")[1].split("/")[0]) for line in report.splitlines()[1:]]
+            assert sum(used) == words and max(used) <= room, (text, report)
+            assert len(used) == len(given.tokenize(text)["l"])
+            assert ("no prefix" in report) is (given is SD1)
+    both = execute(ON2, "a dog").args[0]
+    assert "clip_l: 1 chunk, 10 prefix vectors" in both and "clip_g: 1 chunk" in both and "a dog" in both, both
+    assert "(a person:1.4) in a garden" in execute(ON1, "(a person:1.4) in a garden").args[0]
 
 
 # -- cost
@@ -778,6 +816,11 @@ def check_cost() -> str:
 
 def main() -> None:
     logging.disable(logging.WARNING)
+    if WRITING:
+        for name, text in texts(pack_schemas()).items():
+            (ROOT / "locales" / "en").mkdir(parents=True, exist_ok=True)
+            (ROOT / "locales" / "en" / name).write_text(text, "utf-8")
+        return
     results = {}
     for name, check in [(n, f) for n, f in globals().items() if n.startswith("check_")]:
         start = time.perf_counter()
