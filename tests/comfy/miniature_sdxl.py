@@ -15,7 +15,7 @@ from apl_core.atomic import write_safetensors
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
 
-WIDTH_G, LAYERS_G, EXTRA = 128, 2, 6 * 256
+WIDTH_G, LAYERS_G, EXTRA = 128, 3, 6 * 256
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
 
 
