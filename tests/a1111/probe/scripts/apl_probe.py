@@ -141,3 +141,9 @@ def orders(_demo, app):
 
 
 script_callbacks.on_app_started(orders)
+
+
+if "APL_OPEN_CLIP" in os.environ:  # a tiny architecture for tests of two encoders
+    import open_clip
+
+    open_clip.add_model_config(os.environ["APL_OPEN_CLIP"])
