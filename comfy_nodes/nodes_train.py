@@ -164,7 +164,7 @@ class TrainAnonymizationPrompt(io.ComfyNode):
             outputs=[
                 AnonymizationPromptType.Output("anonymization_prompt", display_name="anonymization prompt",
                                                tooltip="The finished prefix: connect it to Anonymize or Save."),
-                io.Image.Output("previews", tooltip="One picture: a row without the prefix, then one a level."),
+                io.Image.Output("levels", tooltip="One picture: a row without the prefix, then one a level."),
                 io.String.Output("report", tooltip="Steps, losses, scores and the run's folder as text."),
             ],
         )

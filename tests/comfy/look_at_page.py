@@ -54,16 +54,20 @@ def open_template(page: Page, name: str) -> None:
     page.wait_for_timeout(1500)
 
 
+HISTORY = """async () => Object.fromEntries(Object.entries(await (await fetch('/api/history')).json())
+    .map(([key, value]) => [key, value.status.status_str]))"""
+
+
 def run(page: Page, seconds: int) -> str:
-    """Queue the graph on the page and wait for its end: what the server's history says."""
-    before = page.evaluate("async () => Object.keys(await (await fetch('/api/history')).json())")
-    page.evaluate("() => window.app.queuePrompt(0)")
-    page.wait_for_function(
-        """async before => { const h = await (await fetch('/api/history')).json();
-           return Object.keys(h).some(k => !before.includes(k)); }""", arg=before, timeout=seconds * 1000, polling=1000)
-    page.wait_for_timeout(2500)
-    return page.evaluate("""async before => { const h = await (await fetch('/api/history')).json();
-        return Object.entries(h).find(([k]) => !before.includes(k))[1].status.status_str; }""", before)
+    """Press Run and wait for the end: what the server's history says."""
+    before = page.evaluate(HISTORY)
+    page.locator('[data-testid="queue-button"]').click()
+    for _ in range(seconds):
+        page.wait_for_timeout(1000)
+        if new := {key: state for key, state in page.evaluate(HISTORY).items() if key not in before}:
+            page.wait_for_timeout(2000)  # pictures come in
+            return next(iter(new.values()))
+    return "nothing came"
 
 
 def fit(page: Page) -> None:
