@@ -37,6 +37,8 @@ COMFY = "python benchmarks/comfyui_cost.py"
 COMFY_ENFORCED = "python benchmarks/comfyui_enforcement.py"
 COMFY_PICTURES = "python -m pytest tests/comfy/test_miniature_in_host.py"
 COMFY_LIVE = "python -m pytest tests/comfy/test_workflows_live.py"
+WEBUI = "python benchmarks/webui_cost.py"
+WEBUI_PICTURES = "python -m pytest tests/a1111/test_miniature_in_webui.py"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,16 @@ TARGETS: dict[str, Target] = {
                                 "<= 0.2", SAMPLES, "real"),
     "two-processes": Target("two processes: largest difference of a vector's element from one's", "<= 0.0001",
                             PROCESSES, "real"),
+    "real-8gb": Target("preset sd15-8gb on a GPU, by the estimate: peak memory, GB", "<= 7.5", REAL, "real"),
+    "webui-noise": Target("WebUI, miniature: largest difference of noise predictions from diffusers'", "<= 0.0001",
+                          WEBUI_PICTURES, "webui"),
+    "webui-id-acc-off": Target("WebUI, miniature, S_test: ID-ACC off, distance from diffusers'", "<= 0.03",
+                               WEBUI_PICTURES, "webui"),
+    "webui-id-acc-on": Target("WebUI, miniature, S_test: ID-ACC on, distance from diffusers'", "<= 0.03",
+                              WEBUI_PICTURES, "webui"),
+    "webui-import": Target("WebUI: import of the extension, ms of CPU", "<= 50", WEBUI, "webui"),
+    "webui-foreign": Target("WebUI: packages of others that the import brings", "<= 0", WEBUI, "webui"),
+    "webui-encode": Target("WebUI: an encode with the prefix / one without, equal chunks", "<= 1.02", WEBUI, "webui"),
     "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIGURES),
 }
 

@@ -72,8 +72,8 @@ class Making:
                                   f"Go on with `apl make --run {run} --go-on`, or choose another --run.",
                                   field=changed[0])
         self._is_new = stored is None
-        self.s_id = Path(self.settings.s_id).expanduser() if self.settings.s_id else run / "s_id"
-        self.s_reg = Path(self.settings.s_reg).expanduser() if self.settings.s_reg else run / "s_reg"
+        self.s_id, self.s_reg = (shipped.locate(kind, given) if (given := getattr(self.settings, kind)) else run / kind
+                                 for kind in ("s_id", "s_reg"))
         self.config = plans.train_config(self.settings, self.s_id, self.s_reg)
         self.seconds: dict[str, float] = {}
         self._log: EventLog | None = None

@@ -99,8 +99,7 @@ def train_config(settings: MakeSettings, s_id: Path, s_reg: Path) -> configs.Tra
     values = configs.preset(settings.preset)
     if settings.steps:
         levels = min(int(values.get("levels_every", 2000)), max(1, settings.steps // 5))
-        values |= {"steps": settings.steps, "levels_every": levels, "warmup": min(values.get("warmup", 0),
-                                                                                settings.steps // 10)}
+        values |= {"steps": settings.steps, "levels_every": levels}
     values |= {"base_model": settings.checkpoint, "s_id": str(s_id), "s_reg": str(s_reg), "name": settings.name,
                "seed": settings.seed, "device": settings.device, "vae": settings.vae, "previews": settings.previews}
     return configs.from_dict(values, origin=f"preset {settings.preset}")

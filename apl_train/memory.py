@@ -24,6 +24,7 @@ from apl_core.placement import LENGTH
 from apl_train.backend import precision_of
 from apl_train.config import TrainConfig
 from apl_train.model_files import read_parts
+from apl_train.precision import DTYPES, Precision
 from apl_train.preflight import own_memory
 
 GIB = 2**30
@@ -142,17 +143,20 @@ def _peak_of(work: Callable[[], Any]) -> int:
     return ledger.peak
 
 
-def estimate(source: str | Path, config: TrainConfig, *, size: int | None = None) -> Estimate:
+def estimate(source: str | Path, config: TrainConfig, *, size: int | None = None,
+             as_on: torch.device | None = None) -> Estimate:
     """What training with these settings takes; of the model, only header and configuration are read.
 
     Args:
         source: see `model_files.read_parts`.
         size: edge of the pictures in pixels; the model's own by default.
+        as_on: a device to count for that need not be here; the settings' own by default.
 
     Raises:
         ModelError: the model is missing or unsupported. ConfigError: the settings ask for a device that is not here.
     """
-    asked = precision_of(config)
+    asked = precision_of(config) if as_on is None else Precision(
+        as_on, DTYPES[config.dtype], config.gradient_checkpointing, config.offload)
     parts = read_parts(source, dtype=asked.dtype, vae=config.vae or None, meta=True)
     unet, vae, text = (m.requires_grad_(False) for m in (parts.unet, parts.vae, parts.text_encoder))
     if asked.checkpointing:
@@ -197,12 +201,12 @@ def estimate(source: str | Path, config: TrainConfig, *, size: int | None = None
 
     stay = [unet] + ([text] if asked.offload != "all" else []) + ([vae] if asked.offload == "none" else [])
     weights, visiting = _bytes(*stay), 0 if asked.offload == "none" else _bytes(vae)
-    cuda = asked.device.type == "cuda"
+    cuda, here = asked.device.type == "cuda", as_on is None
     slack = 1 + CUDA_SLACK * cuda
     train, encoded, sampled = (int(_peak_of(work) * slack) for work in (step, encode, sample))
     overhead = CUDA_CONTEXT if cuda else own_memory() or 0
     return Estimate(asked.device.type, weights, weights + train, weights + visiting + encoded,
-                    weights + visiting + sampled, overhead, free_memory(asked.device))
+                    weights + visiting + sampled, overhead, free_memory(asked.device) if here else None)
 
 
 def free_memory(device: torch.device) -> int | None:

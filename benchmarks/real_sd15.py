@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("write", "train", "reference", "folder")
+STAGES = ("write", "train", "reference", "folder", "presets")
 
 
 def block_network() -> None:
@@ -175,7 +176,20 @@ def folder(work: Path) -> None:
     save_file(out, work / "folder.safetensors")
 
 
-def compare(work: Path) -> dict[str, float]:
+def presets(work: Path) -> None:
+    """What every preset takes on a CUDA device, by the estimate: none need be here."""
+    import torch
+
+    from apl_train import config as configs
+    from apl_train.memory import estimate
+
+    found = {name: estimate(work / "sd15.safetensors", configs.from_dict(configs.preset(name)),
+                            as_on=torch.device("cuda")).to_dict()
+             for name in ("sd15-paper", "sd15-fast", "sd15-8gb")}
+    (work / "presets.json").write_text(json.dumps(found))
+
+
+def compare(work: Path) -> dict[str, Any]:
     """The figures of all stages."""
     from safetensors.torch import load_file
 
@@ -186,6 +200,7 @@ def compare(work: Path) -> dict[str, float]:
     return {"gradient": max(gradient), "forms": max(forms),
             "memory": abs(told["expected"]["peak"] / told["peak"] - 1), "peak": told["peak"],
             "expected": told["expected"]["peak"], "gradients": gradient,
+            "presets": {k: v["peak"] for k, v in json.loads((work / "presets.json").read_text()).items()},
             "kinds": ["id" if row["l_id"] is not None else "reg" for row in told["losses"]]}
 
 
@@ -210,10 +225,13 @@ def main() -> int:
     from apl_train import claims
 
     claims.record({"real-gradient": (1e6 * found["gradient"], None, 2), "real-forms": (found["forms"], None, 2),
-                   "real-memory": (found["memory"], None, 1)})
+                   "real-memory": (found["memory"], None, 1),
+                   "real-8gb": (found["presets"]["sd15-8gb"] / 1e9, None, 1)})
     print(f"steps of kind {found['kinds']}: gradient off the reference by {found['gradients']} (relative)\n"
           f"single file and folder: predictions differ by {found['forms']:.2e} at most\n"
-          f"memory: {found['peak'] / 2**30:.2f} GiB at most, estimated {found['expected'] / 2**30:.2f} GiB")
+          f"memory: {found['peak'] / 2**30:.2f} GiB at most, estimated {found['expected'] / 2**30:.2f} GiB\n"
+          "by the estimate, on a GPU: "
+          + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in found["presets"].items()))
     return 0
 
 

@@ -13,7 +13,7 @@ from apl_core.errors import ConfigError
 from apl_train import cli
 
 ROOT = Path(cli.__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "embeddings/README.md")
+DOCUMENTS = ("README.md", "embeddings/README.md", "docs/your-model.md")
 COMMAND = re.compile(r"^(apl|python install\.py) ")
 LATER = {"docs/figures/before-after.png"}
 """Made from the shipped model; missing only as long as that is."""
