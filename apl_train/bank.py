@@ -123,11 +123,13 @@ class TargetBank:
         self._processes = processes or this_process()
         made_by = fingerprint(VERSION, backend.sha256, str(getattr(backend, "dtype", torch.float32)), data.sha256,
                               config.low_t, config.high_t, list(data.latents.shape[1:]))
-        whole = -(-config.bank // SIZE) * SIZE  # whole shards, so that a larger bank begins like a smaller one
+        # a short trial needs no more targets than it has samples
+        size = min(config.bank, max(SIZE, config.steps * config.batch_size))
+        whole = -(-size // SIZE) * SIZE  # whole shards, so that a larger bank begins like a smaller one
         self.folder = cache / "bank" / made_by
         self._tuples: Rows = ShardStore(self.folder).rows(
             [f"{i}" for i in range(whole)], self._make, progress=progress, stop=stop, processes=self._processes)
-        every = torch.arange(config.bank)
+        every = torch.arange(size)
         self._rows, self._t, self._seeds = (self._tuples.take(name, every) for name in ("rows", "t", "seeds"))
         allowed = set(data.id_rows.tolist())
         rows = self._rows.tolist()
@@ -136,7 +138,7 @@ class TargetBank:
         self._pools["id"] = every[[kind == "id" and r in allowed for kind, r in zip(kinds, rows, strict=True)]]
         for row in {r for pool in (data.id_rows, data.face_rows, data.nonface_rows) for r in pool.tolist()[:1]}:
             if not len(self._pools[data.kinds[row]]) and (data.kinds[row] == "id" or not config.no_reg):
-                raise ConfigError(f"bank is {config.bank}, too small to hold a tuple of each kind.",
+                raise ConfigError(f"A bank of {size} tuples is too small to hold one of each kind.",
                                   "Use 1000 or more.", field="bank")
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:

@@ -121,6 +121,13 @@ def test_bank_holds_the_frozen_predictions(world, tmp_path: Path) -> None:
     assert torch.equal(TargetBank(backend, data, config, tmp_path).batch(5).eps_c1, batch.eps_c1)
 
 
+def test_a_short_training_builds_no_more_targets_than_it_has_samples(world, tmp_path: Path) -> None:
+    made = [TargetBank(*world, TrainConfig(num_tokens=3, batch_size=4, steps=steps, bank=500), tmp_path / str(steps))
+            for steps in (2, 20)]
+    assert [len(bank._rows) for bank in made] == [32, 80]
+    assert torch.equal(made[0]._tuples.take("eps_c1", range(32)), made[1]._tuples.take("eps_c1", range(32)))
+
+
 def test_noise_follows_ddpm(world) -> None:
     x0, noise, t = torch.ones(2, 4, 1, 1), torch.full((2, 4, 1, 1), 2.0), torch.tensor([0, 999])
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
