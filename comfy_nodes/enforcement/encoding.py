@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...apl_core.errors import APLError
+from ...apl_core.errors import PlacementError
 from ..clip_patch import Layout, carry, user_part
 from .guard import Encoder, Guard, width_of
 
@@ -100,9 +100,9 @@ def _carrying(guard: Guard, row: Sequence[Any], layout: Layout, encoder: Encoder
     if not layout.carries(row):
         try:
             row = carry(row, layout, encoder.key)
-        except APLError:
-            guard.count("refused")
-            raise
+        except PlacementError as error:
+            raise guard.refuse(error.message, "Shorten the text, or encode it with CLIP Text Encode.",
+                               "tokens") from error
         guard.count("inserted")
     _refuse_copies(guard, row[len(layout.rows) + 1 :], layout)
     return row

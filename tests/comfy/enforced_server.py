@@ -26,6 +26,8 @@ from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
 
 WIDTH_L, WIDTH_G, M = 32, 48, 10
+# The last: one of the packs leaves its nodes out where it sees this name.
+_NOT_THE_HOSTS = ("PYTHONPATH", "PYTHONHOME", "APL_POLICY", "PYTEST_CURRENT_TEST")
 HERE = Path(__file__).parent
 
 
@@ -62,7 +64,8 @@ def make_base(folder: Path, packs: Sequence[Path] = ()) -> Path:
 class Server:
     """One running ComfyUI. `log` is the file of everything it says."""
 
-    def __init__(self, folder: Path, base: Path, policy: str | None, extra: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, base: Path, policy: str | None, extra: Sequence[str] = (),
+                 stand_ins: Sequence[str] = ()) -> None:
         host = host_folder()
         if host is None:
             raise FileNotFoundError("no ComfyUI")
@@ -71,17 +74,19 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = folder / f"server-{self.port}.log"
         self.client = uuid.uuid4().hex
-        env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "APL_POLICY")}
-        env |= {"OMP_NUM_THREADS": "1", "SPY_PREFIXES": str(folder / "prefixes"), "HF_HUB_OFFLINE": "1"}
+        env = {key: value for key, value in os.environ.items() if key not in _NOT_THE_HOSTS}
+        env |= {"OMP_NUM_THREADS": "1", "SPY_PREFIXES": str(folder / "prefixes"), "HF_HUB_OFFLINE": "1",
+                "PIP_NO_INDEX": "1"}  # one of the packs would install libraries as it is imported
         if policy is not None:
             env["APL_POLICY"] = policy
         frontend = folder / "frontend"
         frontend.mkdir(exist_ok=True)
         (frontend / "index.html").write_text("<html></html>", encoding="utf-8")
-        argv = [host_python(host), str(HERE / "run_host.py"), str(host), "--cpu", "--listen", "127.0.0.1", "--port",
-                str(self.port), "--use-pytorch-cross-attention", "--disable-auto-launch", "--dont-print-server",
-                "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--base-directory", str(base),
-                "--front-end-root", str(frontend), *extra]
+        argv = [host_python(host), str(HERE / "run_host.py"), str(host),
+                *(word for name in stand_ins for word in ("--stand-in", name)), "--cpu", "--listen", "127.0.0.1",
+                "--port", str(self.port), "--use-pytorch-cross-attention", "--disable-auto-launch",
+                "--dont-print-server", "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
+                "--base-directory", str(base), "--front-end-root", str(frontend), *extra]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(argv, cwd=host, env=env, stdout=log, stderr=subprocess.STDOUT)
 
@@ -172,9 +177,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, base: Path, policy: str | None, extra: Sequence[str] = ()) -> Iterator[Server]:
+def serving(folder: Path, base: Path, policy: str | None, extra: Sequence[str] = (),
+            stand_ins: Sequence[str] = ()) -> Iterator[Server]:
     """A server that answers; stopped at the end."""
-    server = Server(folder, base, policy, extra)
+    server = Server(folder, base, policy, extra, stand_ins)
     try:
         server.wait()
         yield server

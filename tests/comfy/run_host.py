@@ -1,11 +1,13 @@
 """Starts the host's main.py where torchvision or torchaudio do not fit the torch: `run_host.py HOST ARGS…`.
 
-Only what is missing is put in place; the arguments go to main.py.
+Only what is missing is put in place; the arguments go to main.py. `--stand-in NAME` ahead of them puts an empty module
+in the place of a library of which a test pack imports nothing but names.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import runpy
 import sys
 import types
@@ -54,6 +56,11 @@ def fill_in() -> object:
 if __name__ == "__main__":
     host = sys.argv[1]
     KEPT = fill_in()
-    sys.argv = ["main.py", *sys.argv[2:]]
+    rest = sys.argv[2:]
+    while rest[:1] == ["--stand-in"]:
+        if importlib.util.find_spec(rest[1]) is None:
+            _stand_in(rest[1])
+        rest = rest[2:]
+    sys.argv = ["main.py", *rest]
     sys.path.insert(0, host)
     runpy.run_path(f"{host}/main.py", run_name="__main__")
