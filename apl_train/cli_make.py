@@ -97,9 +97,11 @@ def _backend(args: Namespace) -> Any:
     from apl_train import shipped
     from apl_train.backend import Backend
     from apl_train.precision import chosen
+    from apl_train.processes import this_process
 
     asked = chosen(args.device, args.dtype)
-    return Backend.load(shipped.locate("base_model", args.base_model), device=asked.device, dtype=asked.dtype,
+    own = this_process().own_device() if args.device in ("auto", "cuda") else None
+    return Backend.load(shipped.locate("base_model", args.base_model), device=own or asked.device, dtype=asked.dtype,
                         vae=args.vae)
 
 
@@ -121,11 +123,14 @@ def _drawn(args: Namespace, wanted: list[Any], what: str) -> tuple[dict[str, Any
     from tqdm import tqdm
 
     from apl_train.generate import Drawing, Studio, report
+    from apl_train.processes import this_process
     from apl_train.training import ctrl_c
 
     embedder, backend = _embedder(args.recogniser), _backend(args)
     how = Drawing(args.steps, args.guidance, args.seed, batch=16 if backend.size <= 128 else 4)
-    with tqdm(total=len(wanted), desc="draw", unit="picture", dynamic_ncols=True) as bar, ctrl_c() as asked:
+    quiet = not this_process().main
+    with tqdm(total=len(wanted), desc="draw", unit="picture", dynamic_ncols=True, disable=quiet) as bar, \
+            ctrl_c() as asked:
         outcome = Studio(backend, args.out, how, embedder=embedder, stop=asked.is_set,
                          progress=lambda done, _total: bar.update(done - bar.n)).fill(wanted)
     found = report(outcome, args.out)

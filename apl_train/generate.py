@@ -97,7 +97,9 @@ def wanted_of_cast(people: Sequence[CastMember], each: int) -> list[Wanted]:
 
 def wanted_of_prompts(lines: Sequence[NeutralLine], count: int) -> list[Wanted]:
     """`count` pictures of neutral prompts, persons and things in equal parts as long as there are both."""
-    faces, things = ([p for p in lines if p.kind == kind] for kind in ("face", "nonface"))
+    # in an order of their own: neighbours in a list are often alike, and few pictures should still be various
+    mixed = sorted(lines, key=lambda line: hashlib.sha256(line.prompt.encode()).digest())
+    faces, things = ([p for p in mixed if p.kind == kind] for kind in ("face", "nonface"))
     mixed = [p for pair in zip(faces, things, strict=False) for p in pair]
     mixed += faces[len(things):] + things[len(faces):]
     if not mixed:

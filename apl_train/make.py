@@ -25,7 +25,7 @@ from apl_train import make_plan as plans
 from apl_train import shipped
 from apl_train.assessment import Assessment, next_steps
 from apl_train.backend import Backend
-from apl_train.cast import CastMember, neutral_prompts, read_cast, table_of
+from apl_train.cast import PUBLIC, CastMember, neutral_prompts, read_cast, table_of
 from apl_train.compare import write_pairs
 from apl_train.events import EventLog
 from apl_train.generate import Drawing, Outcome, Studio, Wanted, wanted_of_cast, wanted_of_prompts
@@ -72,6 +72,8 @@ class Making:
                                   f"Go on with `apl make --run {run} --go-on`, or choose another --run.",
                                   field=changed[0])
         self._is_new = stored is None
+        self._small = plans.is_miniature(self.settings.checkpoint)
+        """Its world is drawn persons and emoji: other prompts than those of photographs."""
         self.s_id, self.s_reg = (shipped.locate(kind, given) if (given := getattr(self.settings, kind)) else run / kind
                                  for kind in ("s_id", "s_reg"))
         self.config = plans.train_config(self.settings, self.s_id, self.s_reg)
@@ -83,6 +85,10 @@ class Making:
     @property
     def prefix_path(self) -> Path:
         return self.run / "train" / "prefix" / f"{self.settings.name}.safetensors"
+
+    @property
+    def _world(self) -> str:
+        return shipped.MINIATURE if self._small else PUBLIC
 
     def _check_names(self) -> None:
         """A name that is taken is better known now than after hours."""
@@ -132,8 +138,7 @@ class Making:
             wanted = wanted_of_cast(self._cast(), self.settings.each)
             self._say(self._draw(self.s_id, wanted, "persons").text("S_ID"))
         if not self.settings.s_reg:
-            world = shipped.MINIATURE if self.settings.people == shipped.MINIATURE else "public"
-            wanted = wanted_of_prompts(neutral_prompts("train", world), self.settings.neutral)
+            wanted = wanted_of_prompts(neutral_prompts("train", self._world), self.settings.neutral)
             self._say(self._draw(self.s_reg, wanted, "neutral").text("S_Reg"))
 
     def _draw(self, folder: Path, wanted: list[Wanted], what: str) -> Outcome:
@@ -186,12 +191,13 @@ class Making:
         if (self.run / "scores.json").exists():
             return json.loads((self.run / "scores.json").read_text(encoding="utf-8"))
         people = read_evaluation_set(self._persons())
+        against = "" if self.settings.persons else ", scored against the model's own pictures of each person"
         return Assessment(
             self.run / "train", self.run, self.backend, prompt, people, self.embedder,
             attribute_reader(self.settings.recogniser), self.run / "cache", self.settings.score_persons,
             self.settings.score_seeds, guidance=self.settings.guidance,
-            title=f"A prefix for {self.backend.name}", commands=commands,
-            miniature=self.settings.people == shipped.MINIATURE, seconds=self.seconds).measure()
+            title=f"A prefix for {self.backend.name}{against}", commands=commands,
+            miniature=self._small, seconds=self.seconds).measure()
 
     def _persons(self) -> Path:
         """The folder to score against; made here, from the base model's own pictures, where none was given."""
@@ -204,7 +210,7 @@ class Making:
         self._say(self._draw(folder / "references", wanted, "references").text("references (the base model's own)"))
         kept = [p for p in chosen if len(list((folder / "references" / p.name).glob("*.png"))) >= 2]
         write_people(folder, kept, [(n.prompt, "unnamed_face" if n.kind == "face" else "nonface")
-                                    for n in neutral_prompts("test")])
+                                    for n in neutral_prompts("test", self._world)])
         return folder
 
     def install(self) -> list[Path]:

@@ -34,7 +34,7 @@ _DECODE_SHARE = 0.45
 """Work of the VAE's encoder over its decoder's, in FLOPs at 512 px (1.1 / 2.5)."""
 
 
-def _is_miniature(checkpoint: str) -> bool:
+def is_miniature(checkpoint: str) -> bool:
     """Whether a model has the shipped miniature's shapes, in whatever form it comes."""
     if checkpoint == shipped.MINIATURE:
         return True
@@ -73,7 +73,7 @@ def decided(settings: MakeSettings) -> MakeSettings:
     """
     if settings.checkpoint != shipped.MINIATURE:
         find_model(settings.checkpoint)
-    small = _is_miniature(settings.checkpoint)
+    small = is_miniature(settings.checkpoint)
     stem = Path(settings.checkpoint).name.removesuffix(".safetensors")
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "model"
     found = dataclasses.replace(
@@ -155,6 +155,7 @@ def lines(settings: MakeSettings, measured: Measured, config: configs.TrainConfi
     found = [Line("generate", f"{drawn} pictures of {len(seen)} persons", drawn * picture),
              Line("generate", f"{neutral} pictures of things and unnamed persons", neutral * picture),
              Line("cache", "latents of all pictures", (drawn + neutral) * measured.decode_seconds * _DECODE_SHARE),
+             Line("train", f"targets of {config.bank} stored tuples", config.bank * measured.predict_seconds),
              Line("train", f"{config.steps} steps of {config.batch_size}", config.steps * measured.step_seconds)]
     if settings.recogniser != "none":
         persons = min(settings.score_persons, len(seen)) + min(settings.score_persons, unseen)

@@ -104,6 +104,8 @@ def _timed(device: torch.device, work: Callable[[], Any]) -> float:
 def dry_run(backend: Backend, config: TrainConfig, *, repeats: int = 1) -> Measured:
     """Trains `repeats` steps on noise, after one that warms up where `repeats` is above 1; nothing is kept.
 
+    With a target bank (config.bank) the frozen predictions are no part of a step, as in the training.
+
     Raises:
         TrainingError: the device ran out of memory, with what to change.
     """
@@ -115,10 +117,13 @@ def dry_run(backend: Backend, config: TrainConfig, *, repeats: int = 1) -> Measu
     width = next(iter(backend.text.widths.values()))
     vectors = {key: torch.zeros(config.num_tokens, width, requires_grad=True) for key in backend.text.widths}
 
+    @torch.no_grad()
+    def targets() -> torch.Tensor:
+        plain = backend.encode([_CAPTION] * 2 * n)
+        return backend.predict(torch.cat([x, x]), torch.cat([t, t]), plain)
+
     def step() -> None:
-        with torch.no_grad():
-            plain = backend.encode([_CAPTION] * 2 * n)
-            frozen = backend.predict(torch.cat([x, x]), torch.cat([t, t]), plain)
+        frozen = torch.cat([x, x]).to(backend.device) if config.bank else targets()
         eps = backend.predict(x, t, backend.encode([_CAPTION] * n, vectors))
         apl_loss(id_loss(eps[:ids], frozen[:ids], frozen[n : n + ids], config.alpha),
                  reg_loss(eps[ids:], frozen[ids:n])).backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ import pytest
 from PIL import Image
 
 from apl_core.errors import ConfigError, DatasetError, TrainingStopped
+from apl_train import generate
 from apl_train.cast import CastMember, NeutralLine
 from apl_train.contact_sheet import Frame, write_sheets
 from apl_train.dataset import problems, read_dataset
 from apl_train.generate import Drawing, Studio, wanted_of_cast, wanted_of_prompts
+from apl_train.processes import Processes
 
 PEOPLE = [CastMember("Ada Hill", "train", "A woman, dark hair"), CastMember("Bo Lake", "train", "A man, beard"),
           CastMember("Cy Wood", "test", "A man, glasses")]
@@ -114,6 +117,32 @@ def test_an_interrupted_folder_is_gone_on_with(tmp_path: Path) -> None:
     third = Painter()
     again = Studio(third, tmp_path / "cut", Drawing(batch=1), embedder=Eye([])).fill(wanted)
     assert not third.drawn and again.drawn == 4 and again.redrawn == {"no face": 2}
+
+
+class Half(Processes):
+    """One of two processes that run one after the other; the second one in the list comes first."""
+
+    count = 2
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def once(self, work: Callable[[], object]) -> object:
+        return work() if self.main else None
+
+
+def test_two_processes_divide_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, painters = wanted_of_cast(PEOPLE, 3), []
+    for index in (1, 0):
+        monkeypatch.setattr(generate, "this_process", lambda index=index: Half(index))
+        painters.append(Painter())
+        outcome = Studio(painters[-1], tmp_path / "two", Drawing(), embedder=Eye([0] if index else [])).fill(wanted)
+    monkeypatch.undo()
+    seen = [{prompt for prompt, _ in painter.drawn} for painter in painters]
+    assert not seen[0] & seen[1] and seen[0] | seen[1] == {w.prompt for w in wanted}
+    assert outcome.drawn == 6 and outcome.redrawn == {"no face": 1}
+    Studio(Painter(), tmp_path / "one", Drawing(), embedder=Eye([])).fill(wanted)
+    assert (tmp_path / "one" / "metadata.csv").read_bytes() == (tmp_path / "two" / "metadata.csv").read_bytes()
 
 
 @pytest.mark.parametrize("change", ["people", "steps", "model", "recogniser"])
