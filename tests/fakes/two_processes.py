@@ -53,7 +53,7 @@ class Looks:
 
     def faces_of(self, images: list[np.ndarray]) -> list[list[SimpleNamespace]]:
         colours = [image.reshape(-1, 3).mean(0).astype(np.float32) for image in images]
-        return [[SimpleNamespace(embedding=one + k) for k in range(int(one.mean() // 4) % 3)] for one in colours]
+        return [[SimpleNamespace(embedding=one + k) for k in range(int(4 * one.mean() + 0.6) % 3)] for one in colours]
 
 
 def observe(backend: Backend, cache: Path) -> dict[str, object]:
