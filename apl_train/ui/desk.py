@@ -29,6 +29,7 @@ from .tail import Events
 GOOD, BAD, NOTE = "good", "bad", "note"
 TRAINING = ("train", "resume", "make")
 SELECTED = "run"
+NOT_DRAWN = "There are no pictures yet: draw them first, or make everything."
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,8 @@ class Desk:
     @_guarded
     def check(self, wish: Wish) -> Said:
         """What is wrong with both sets, by `apl validate`."""
+        if not wish.s_id and not wish.s_reg:
+            return Said(NOT_DRAWN, NOTE)
         arguments = commands.validate(wish)
         code, found, words = self.apl(*arguments)
         listed = [row for row in found.get("findings") or () if isinstance(row, dict)]

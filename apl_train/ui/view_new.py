@@ -11,7 +11,7 @@ import gradio as gr
 from . import commands, compat, pages, thumbs
 from .commands import MINIATURE, Wish
 from .core import core
-from .desk import BAD, NOTE, Desk, Said
+from .desk import BAD, NOT_DRAWN, NOTE, Desk, Said
 from .place import NOT_ALLOWED
 
 DRAWN, SHIPPED, OWN = "Let the checkpoint draw them", "Shipped with the miniature checkpoint", "Folders that I have"
@@ -107,7 +107,7 @@ def build(desk: Desk, started: Callable[[Said], tuple[Any, ...]], outputs: list[
         start = gr.Button("Only train", scale=1, interactive=allowed, elem_id="apl-start")
     answer = compat.html(pages.said(None if allowed else Said(NOT_ALLOWED, NOTE)), elem_id="apl-answer")
     command = compat.copy_box("Copy as command", line(desk, form, *form.defaults))
-    train_command = compat.copy_box("Copy as command, training only", train_line(desk, form, *form.defaults))
+    train_command = compat.copy_box("Copy as command, step by step", train_line(desk, form, *form.defaults))
     drawn_fields = [form.people, form.limit, form.each, form.neutral, form.draw]
 
     def begin(action: Callable[[Wish], Said], *values: Any) -> tuple[Any, ...]:
@@ -116,7 +116,7 @@ def build(desk: Desk, started: Callable[[Said], tuple[Any, ...]], outputs: list[
 
     def only_train(*values: Any) -> tuple[Any, ...]:
         if values[1] == DRAWN:
-            said = Said("There are no pictures yet: draw them first, or make everything.", BAD)
+            said = Said(NOT_DRAWN, BAD)
             return (pages.said(said), *started(said))
         return begin(desk.start, *values)
 
@@ -183,6 +183,8 @@ def train_line(desk: Desk, form: Form, *values: Any) -> str:
 
 
 def _sheet(desk: Desk, wish: Wish) -> str:
+    if not wish.s_id and not wish.s_reg:
+        return pages.said(Said(NOT_DRAWN, NOTE))
     parts = []
     try:
         for kind, value, title in (("s_id", wish.s_id, "Named persons"), ("s_reg", wish.s_reg, "Everything else")):

@@ -47,17 +47,16 @@ def build(desk: Desk) -> tuple[Screen, Callable[[], tuple[Any, ...]]]:
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            picker = gr.Dropdown(choices=desk.names(), value=desk.selected or None, label="Run to look at",
+            picker = gr.Dropdown(choices=desk.names(), value=lambda: desk.selected or None, label="Run to look at",
                                  allow_custom_value=True, elem_id="apl-picker")
             runs = compat.html(show_list, every=SLOW, elem_id="apl-runs")
             refresh = gr.Button("Refresh", size="sm", elem_id="apl-refresh")
         with gr.Column(scale=5, min_width=420):
             status = compat.html(show_status, every=FAST, elem_id="apl-status")
             with gr.Row():
-                pause = gr.Button("Pause or go on", size="sm", interactive=allowed, elem_id="apl-pause")
-                stop = gr.Button("Stop and save", size="sm", interactive=allowed, elem_id="apl-stop")
-                resume = gr.Button("Resume", size="sm", interactive=allowed, elem_id="apl-resume")
-                hasten = gr.Button("Run next", size="sm", interactive=allowed, elem_id="apl-next")
+                pause, stop, resume, hasten = (
+                    gr.Button(size="sm", elem_id=f"apl-{name}", **options)
+                    for name, options in zip(("pause", "stop", "resume", "next"), _buttons(desk, run()), strict=True))
             answer = compat.html(elem_id="apl-run-answer")
             faces = compat.html(show_faces, every=SLOW, elem_id="apl-previews")
             with gr.Accordion("Log", open=False):
@@ -67,7 +66,7 @@ def build(desk: Desk) -> tuple[Screen, Callable[[], tuple[Any, ...]]]:
 
     def everything() -> tuple[Any, ...]:
         found = run()
-        return show_list(), show_status(), show_faces(), show_log(), _command(desk), *_buttons(desk, found)
+        return show_list(), show_status(), show_faces(), show_log(), _command(desk), *_updates(desk, found)
 
     def choose(name: str) -> tuple[Any, ...]:
         desk.select(name)
@@ -80,13 +79,13 @@ def build(desk: Desk) -> tuple[Screen, Callable[[], tuple[Any, ...]]]:
         return acted
 
     def news() -> tuple[Any, ...]:
-        return compat.update(choices=desk.names(), value=desk.selected or None), *_buttons(desk, run())
+        return compat.update(choices=desk.names()), _command(desk), *_updates(desk, run())
 
     compat.on(picker.change, choose, [picker], shown)
     compat.on(refresh.click, lambda: (compat.update(choices=desk.names(), value=desk.selected or None), *everything()),
               [], [picker, *shown])
     # the list changes with every new run and every new state: then the choices and the buttons have to follow
-    compat.on(runs.change, news, [], [picker, pause, stop, resume, hasten])
+    compat.on(runs.change, news, [], [picker, command, pause, stop, resume, hasten])
     for button, action in ((pause, desk.pause), (stop, desk.stop), (resume, desk.resume), (hasten, desk.hasten)):
         compat.on(button.click, act(action), [], [answer, *shown])
     return Screen(picker, shown), everything
@@ -100,16 +99,20 @@ def _command(desk: Desk) -> str:
     return commands.shown(run.job.argv[3:]) if run.job else commands.shown(commands.resume(run.folder))
 
 
-def _buttons(desk: Desk, run: Any) -> tuple[Any, ...]:
+def _updates(desk: Desk, run: Any) -> tuple[Any, ...]:
+    return tuple(compat.update(**options) for options in _buttons(desk, run))
+
+
+def _buttons(desk: Desk, run: Any) -> tuple[dict[str, Any], ...]:
     """What can be pressed, and what it would do: pause, stop, resume, run next."""
     allowed = desk.place.may_start
     state = run.state if run is not None else ""
     stopping = run is not None and run.job is not None and run.job.control == "stop" and state == RUNNING
     word = "Take out of the queue" if state == QUEUED else "End now, without saving" if stopping else "Stop and save"
     return (
-        compat.update(value="Go on" if state == PAUSED else "Pause",
-                      interactive=allowed and state in (RUNNING, PAUSED) and not stopping),
-        compat.update(value=word, interactive=allowed and state in (RUNNING, PAUSED, QUEUED)),
-        compat.update(interactive=allowed and run is not None and desk.again(run)),
-        compat.update(interactive=allowed and state == QUEUED),
+        {"value": "Go on" if state == PAUSED else "Pause",
+         "interactive": allowed and state in (RUNNING, PAUSED) and not stopping},
+        {"value": word, "interactive": allowed and state in (RUNNING, PAUSED, QUEUED)},
+        {"value": "Resume", "interactive": allowed and run is not None and desk.again(run)},
+        {"value": "Run next", "interactive": allowed and state == QUEUED},
     )

@@ -66,16 +66,14 @@ def build(desk: Desk) -> compat.Listener:
         now = desk.metadata(choice)
         return tuple(now.get(key, "") for key in ("title", "title", "author", "license", "description"))
 
-    def again(choice: str | None) -> tuple[Any, ...]:
+    def again(choice: str | None) -> Any:
         now = desk.prefixes()
         kept = choice if choice in now else desk.newest_prefix()
-        if kept == choice:  # what was typed meanwhile stays
-            return compat.update(choices=now), *(compat.update() for _ in fields)
-        return compat.update(choices=now, value=kept), *fill(kept or "")
+        return compat.update(choices=now, value=kept)  # a new value fills the fields, as a choice by hand does
 
     fields = [name, title, author, licence, text]
     compat.on(prefix.change, fill, [prefix], fields)
-    listener = (again, [prefix], [prefix, *fields])
+    listener = (again, [prefix], [prefix])
     compat.on(refresh.click, *listener)
     for component in use_inputs:
         compat.on(component.change, use_line, use_inputs, [use_command])
