@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from apl_core.identity import model_note
 from apl_train import shipped
+from apl_train.make_plan import PACKS, installed_packs
 
 EXTRAS = {"core": ("torch", "safetensors", "numpy", "pillow", "jsonargparse"),
           "train": ("diffusers", "transformers", "accelerate"), "score": ("insightface", "onnxruntime"),
@@ -38,11 +40,14 @@ def examine() -> tuple[dict[str, Any], str]:
                 facts["missing"].setdefault(extra, []).append(name)
             else:
                 facts["packages"][name] = metadata.version(name)
+    facts["recognisers"], note = installed_packs(), model_note(PACKS[0])
     lines = [f"Python {facts['python']} at {facts['interpreter']}, {facts['cores']} cores, "
              f"{'GPU ' + facts['gpu'] if facts['cuda'] else 'no GPU'}, {facts['free_disk_gb']} GB of disk free"]
     lines += [f"  {name:14}{version}" for name, version in facts["packages"].items()]
     for extra, names in facts["missing"].items():
         lines.append(f"missing for {extra}: {', '.join(names)}  ->  pip install '.[{extra}]' in the checkout")
+    lines.append(f"recognisers for photographs: {', '.join(facts['recognisers'])}" if facts["recognisers"] else
+                 f"no recogniser for photographs: faces are neither checked nor scored  ->  {note.command}")
     lines.append("the miniature world is here" if facts["miniature"] else
                  "the miniature world is missing: `apl miniworld build`")
     return facts, "\n".join(lines)

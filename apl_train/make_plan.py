@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from apl_core.errors import APLError, ConfigError
-from apl_core.identity import DEFAULT_ROOT, load_embedder
+from apl_core.identity import DEFAULT_ROOT, load_embedder, model_note
 from apl_core.library import safe_name
 from apl_train import config as configs
 from apl_train import shipped
@@ -46,10 +46,17 @@ def is_miniature(checkpoint: str) -> bool:
     return tuple(table.shape) == (vocabulary, width) and parts.unet.conv_in.weight.shape == first
 
 
+def installed_packs() -> list[str]:
+    """Insightface packs on this machine, those that may be used for anything first."""
+    root = DEFAULT_ROOT.expanduser() / "models"
+    found = sorted(path.parent.name for path in root.glob("*/*.onnx"))
+    return sorted(dict.fromkeys(found), key=lambda name: PACKS.index(name) if name in PACKS else len(PACKS))
+
+
 def _installed_pack() -> str:
     """A recogniser that is on this machine; "none" where there is none: nothing is ever fetched on the quiet."""
-    for pack in PACKS:
-        if any((DEFAULT_ROOT.expanduser() / "models" / pack).glob("*.onnx")):
+    for pack in installed_packs():
+        if pack in PACKS:
             try:
                 load_embedder(pack)
             except APLError:
@@ -179,7 +186,11 @@ def words(seconds: float) -> str:
 def text(settings: MakeSettings, table: Sequence[Line], run: Path, measured: Measured) -> str:
     """The plan for people, before anything is done."""
     rows = [f"  {line.stage:9}{line.what:58}{words(line.seconds):>9}" for line in table]
-    recogniser = settings.recogniser if settings.recogniser != "none" else "none: faces are not checked or scored"
+    recogniser = settings.recogniser
+    if recogniser == "none":
+        note = model_note(PACKS[0])
+        recogniser = (f"none: faces are neither checked nor scored. One for any use: {note.command}\n"
+                      f"            {note.licence} pip install insightface onnxruntime")
     peak = "" if measured.peak_bytes is None else f", {measured.peak_bytes / 2**30:.1f} GiB at most"
     free = shutil.disk_usage(run.parent if run.parent.exists() else Path.cwd()).free / 2**30
     return "\n".join([
