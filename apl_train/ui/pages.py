@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from . import curves, jobs, thumbs
 from .desk import Said
@@ -123,7 +124,30 @@ def status(run: Run | None, *, tell: bool = True) -> str:
         return body('<div class="apl-empty">Choose a run, or start one under "New prefix".</div>')
     head = (f'<div class="apl-top"><div><h2>{escape(run.name)} {pill(run.state)}</h2>'
             f'<p class="apl-dim">{escape(_about(run))}</p></div></div>')
-    return body(head, crash(run, tell=tell), _stages(run), _tiles(run), _charts(run))
+    return body(head, crash(run, tell=tell), _stages(run), _scored(run, tell), _tiles(run), _charts(run))
+
+
+def _scored(run: Run, tell: bool) -> str:
+    """ID-ACC of scores.json, "" for a run that was not scored."""
+    found = id_acc(run, "test")
+    if not found:
+        return ""
+    report = run.folder / "report.html"
+    where = f'<p class="apl-dim">report: {escape(str(report))}</p>' if tell and report.exists() else ""
+    return f'<div class="apl-said good">ID-ACC of persons never seen in training: {found}{where}</div>'
+
+
+def id_acc(run: Run, split: str) -> str:
+    """"0.55 -> 0.24" without and with the prefix, as scores.json has it; "" where it was not measured."""
+    means = []
+    for condition in ("off", "on"):
+        value: Any = run.scores
+        for key in ("persons", split, condition, "id_acc_mean"):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return ""
+        means.append(f"{value:.2f}")
+    return f"{means[0]} → <b>{means[1]}</b>"
 
 
 def _stages(run: Run) -> str:
@@ -286,7 +310,9 @@ def compared(a: Run | None, b: Run | None, *, tell: bool = True) -> str:
 
 def _score_rows(a: Run, b: Run) -> list[tuple[str, str, str]]:
     rows = [("steps", f"{a.step:,}", f"{b.step:,}"), ("state", STATES[a.state], STATES[b.state])]
-    for label, split in (("likeness, persons learned on", "train"), ("likeness, persons never seen", "test")):
+    for label, split in (("last pictures, persons learned on", "train"),
+                         ("last pictures, persons never seen", "test")):
+        rows.append((f"ID-ACC, {label.partition(', ')[2]}", *(id_acc(run, split) or "not measured" for run in (a, b))))
         rows.append((label, *(_drawn(run, split) for run in (a, b))))
     return rows
 

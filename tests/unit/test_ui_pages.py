@@ -130,6 +130,15 @@ def test_a_crash_is_explained_with_the_last_lines(tmp_path: Path) -> None:
     assert pages.crash(Run(folder, (job(folder, RUNNING),), RUNNING)) == ""
 
 
+def test_measured_scores_are_shown_and_nothing_else_passes_for_one(tmp_path: Path) -> None:
+    scores = {"persons": {"test": {"off": {"id_acc_mean": 0.547}, "on": {"id_acc_mean": 0.239}}}}
+    run = Run(tmp_path, (), "done", scores=scores)
+    assert "0.55 → <b>0.24</b>" in pages.status(run) and "ID-ACC" in pages.status(run)
+    assert "0.55 → <b>0.24</b>" in pages.compared(run, run)
+    for odd in ({}, {"persons": []}, {"persons": {"test": {"off": {"id_acc_mean": "<b>"}, "on": {}}}}):
+        assert pages.id_acc(Run(tmp_path, (), "done", scores=odd), "test") == ""
+
+
 def test_where_others_look_no_log_is_shown(tmp_path: Path) -> None:
     run = hostile_run(tmp_path / "a")
     for text in (pages.status(run, tell=False), pages.strip(run, 0, tell=False), pages.crash(run, tell=False)):
