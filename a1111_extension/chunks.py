@@ -18,6 +18,8 @@ from ..apl_core.prefix import AnonymizationPrompt
 
 # A token's place in its chunk is what `plan` moves about. It must look unlike any real id.
 _FIRST = 1 << 24
+NAME = "APL "
+"""What the names of prefixes begin with where a host prints the embeddings that it used."""
 
 
 class Piece:
@@ -61,7 +63,7 @@ class Injection:
     def piece(self, rows: tuple[int, ...]) -> Piece:
         """The rows of the prefix with these numbers; the same object each time."""
         if rows not in self._pieces:
-            self._pieces[rows] = Piece({self.key: self.rows[list(rows)]}, f"APL {self.prefix.name}")
+            self._pieces[rows] = Piece({self.key: self.rows[list(rows)]}, NAME + self.prefix.name.replace(",", " "))
         return self._pieces[rows]
 
     def owns(self, embedding: Any) -> bool:

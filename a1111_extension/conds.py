@@ -29,18 +29,18 @@ def weight_sums(prompts: Sequence[str]) -> list[float]:
 
 
 def negative_acts_positive(p: Any) -> bool:
-    """Whether guidance adds the content of a job's negative prompt in the first or the hires pass.
+    """Whether guidance adds the content of a job's negative prompt, in the pass that is being prepared.
 
     Raises:
         PlacementError: the guidance scale is not a finite number.
     """
-    prompts = [text for name in ("prompts", "hr_prompts") for text in getattr(p, name, None) or ()]
+    hires = JOBS.hires
+    prompts = list((getattr(p, "hr_prompts", None) if hires else None) or getattr(p, "prompts", None) or ())
     # `p.prompt` is the raw text; the lists exist once the host has applied styles and batches.
     prompts = prompts or [p.prompt if isinstance(p.prompt, str) else str((p.prompt or [""])[0])]
-    scales = [float(p.cfg_scale)]
-    if getattr(p, "enable_hr", False) and getattr(p, "hr_cfg", None) is not None:  # Forge's hires pass has its own
-        scales.append(float(p.hr_cfg))
-    return any(negative_needs_prefix(scale, weights) for scale in scales for weights in weight_sums(prompts))
+    own = getattr(p, "hr_cfg", None) if hires else None  # Forge's hires pass has a scale of its own
+    scale = float(p.cfg_scale if own is None else own)
+    return any(negative_needs_prefix(scale, weights) for weights in weight_sums(prompts))
 
 
 def conditioning_of(p: Any, texts: Any) -> Conditioning:
@@ -57,6 +57,11 @@ def conditioning_of(p: Any, texts: Any) -> Conditioning:
 def _conds(original: Any, p: Any, function: Any, required_prompts: Any, *args: Any, **kwargs: Any) -> Any:
     with JOBS.conditions(conditioning_of(p, required_prompts)):
         return original(p, function, required_prompts, *args, **kwargs)
+
+
+def _hires_conds(original: Any, p: Any, *args: Any, **kwargs: Any) -> Any:
+    with JOBS.hires_pass():
+        return original(p, *args, **kwargs)
 
 
 def _cached_params(original: Any, p: Any, required_prompts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +169,9 @@ def patch_processing(hooks: Hooks) -> None:
     hooks.wrap(kind, _CONDS, _conds)
     if hasattr(kind, "cached_params"):
         hooks.wrap(kind, "cached_params", _cached_params)
+    hires = getattr(processing, "StableDiffusionProcessingTxt2Img", kind)
+    if hasattr(hires, "calculate_hr_conds"):
+        hooks.wrap(hires, "calculate_hr_conds", _hires_conds)
     hooks.wrap(prompt_parser, "get_learned_conditioning", _learned_conditioning)
     if hasattr(sd_models, "get_empty_cond"):
         hooks.wrap(sd_models, "get_empty_cond", _empty_cond)

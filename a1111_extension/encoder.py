@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from ..apl_core.errors import ModelError, PlacementError, PolicyError
-from .chunks import Injection, clipped
+from .chunks import NAME, Injection, clipped
 from .hooks import Hooks
 from .jobs import JOBS, Choice
 from .models import embedding_layer, tensor_for
@@ -121,7 +122,19 @@ def _encode(original: Any, encoder: Any, texts: Any) -> Any:
         with opened(None):
             return original(encoder, texts)
     with opened(Scope(injection_for(choice, encoder))):
-        return original(encoder, texts)
+        result = original(encoder, texts)
+    _unlist(encoder)
+    return result
+
+
+def _unlist(encoder: Any) -> None:
+    """Take the prefix out of Forge's list of textual inversions in the infotext: it is no word of the prompt."""
+    listed = getattr(sys.modules.get(type(encoder).__module__), "last_extra_generation_params", None)
+    if listed and "TI" in listed:
+        kept = [name for name in listed["TI"].split(", ") if not name.startswith(NAME)]
+        listed["TI"] = ", ".join(kept)
+        if not kept:
+            del listed["TI"]
 
 
 def _encode_new_way(original: Any, encoder: Any, texts: Any) -> Any:

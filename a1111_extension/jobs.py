@@ -137,6 +137,21 @@ class Jobs:
             self._local.conditioning = before
 
     @property
+    def hires(self) -> bool:
+        """Whether this thread prepares a hires pass, which has prompts and, in Forge, guidance of its own."""
+        return getattr(self._local, "hires", False)
+
+    @contextlib.contextmanager
+    def hires_pass(self) -> Iterator[None]:
+        """While the host computes the hires pass's conditioning."""
+        before = self.hires
+        self._local.hires = True
+        try:
+            yield
+        finally:
+            self._local.hires = before
+
+    @property
     def suspended(self) -> bool:
         """Whether this thread computes the host's own padding, which belongs to no prompt."""
         return getattr(self._local, "suspended", False)

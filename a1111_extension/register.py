@@ -23,6 +23,7 @@ HOOKS = Hooks()
 SECTION = ("apl", "Anonymization")
 problem = ""
 """Why this host cannot be used, for the accordion; "" where it can."""
+_polls = False
 _log = logging.getLogger("apl")
 
 
@@ -76,14 +77,36 @@ def _before_ui() -> None:
 def _started(demo: Any, app: Any) -> None:
     from modules import shared
 
+    if _polls:
+        let_go(demo)
     options = shared.cmd_opts
     add_routes(app, HOOKS, api=bool(getattr(options, "api", False) or getattr(options, "nowebui", False)),
                api_auth=getattr(options, "api_auth", None))
 
 
+def let_go(demo: Any) -> None:
+    """Make "Reload UI" work while a browser shows a page that polls, as the trainer's does.
+
+    The host closes its server first, which in gradio 3 waits for every open connection; a poll's never ends.
+    """
+    close = getattr(demo, "close", None)
+    if close is None:
+        return
+
+    def closing(*args: Any, **kwargs: Any) -> Any:
+        server = getattr(demo, "server", None)
+        if server is not None:
+            server.force_exit = True  # uvicorn's word for not waiting
+        return close(*args, **kwargs)
+
+    demo.close = closing
+
+
 def _tabs() -> list[tuple[Any, str, str]]:
+    global _polls
     tabs = [(tab(), "Identity check", "apl_identity")]
     trainer = trainer_tab()
+    _polls = trainer is not None
     return [*tabs, (trainer, "APL Trainer", "apl_trainer")] if trainer is not None else tabs
 
 

@@ -190,7 +190,13 @@ class ClassicTextProcessingEngine(Cutter):
         return self.embeddings
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        return self._run(texts, self.embeddings)
+        out = self._run(texts, self.embeddings)
+        listed = sys.modules["backend.text_processing.classic_engine"].last_extra_generation_params
+        batch, _ = self.process_texts(texts)
+        names = {fix.embedding.name for chunks in batch for chunk in chunks for fix in chunk.fixes}
+        if names:
+            listed["TI"] = ", ".join(sorted(names))
+        return out
 
 
 class EmbeddingsWithFixes(Layer):
@@ -251,6 +257,11 @@ class Processing:
     def comment(self, text: str) -> None:
         self.comments.append(text)
 
+    def calculate_hr_conds(self) -> None:
+        parser = sys.modules["modules.prompt_parser"]
+        self.hr_uc = self.get_conds_with_caching(parser.get_learned_conditioning,
+                                                 SdConditioning(self.negative_prompts, True), 1, [[None, None]])
+
     def cached_params(self, required_prompts: Any, steps: int, *rest: Any) -> tuple[Any, ...]:
         return (list(required_prompts), steps)
 
@@ -274,6 +285,8 @@ def process_images_inner(p: Processing) -> Any:
                                     [p.cached_uc])
     p.c = p.get_conds_with_caching(parser.get_multicond_learned_conditioning, SdConditioning(p.prompts), 1,
                                    [p.cached_c])
+    if getattr(p, "enable_hr", False):
+        p.calculate_hr_conds()
     if p.inside is not None:
         p.inside()
     return types.SimpleNamespace(images=[], index_of_first_image=0)
@@ -467,7 +480,8 @@ def fake_host(shape: str, folder: Path, *, environ: dict[str, str] | None = None
             "backend.text_processing": types.ModuleType("backend.text_processing"),
             "backend.text_processing.classic_engine": _module(
                 "backend.text_processing.classic_engine", ClassicTextProcessingEngine=engine,
-                CLIPEmbeddingForTextualInversion=layers["forge"], PromptChunkFix=PromptChunkFix),
+                CLIPEmbeddingForTextualInversion=layers["forge"], PromptChunkFix=PromptChunkFix,
+                last_extra_generation_params={}),
             "backend.text_processing.textual_inversion": _module("backend.text_processing.textual_inversion",
                                                                  EmbeddingDatabase=database),
         }

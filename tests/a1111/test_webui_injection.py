@@ -121,6 +121,19 @@ def test_sdxl_gets_each_encoders_own_rows(shape: str, tmp_path: Path) -> None:
         assert torch.equal(host.job("a dog", args=ON).c[0][0][1:11], prefix.vectors("clip_g"))
 
 
+def test_forges_list_of_inversions_does_not_name_the_prefix(tmp_path: Path) -> None:
+    make_prefix(tmp_path / "prefixes")
+    with fake_host("forge", tmp_path) as host:
+        encoder = host.encoder()
+        host.use(encoder)
+        listed = host.modules["backend.text_processing.classic_engine"].last_extra_generation_params
+        host.job("a man", args=ON)
+        assert "TI" not in listed
+        encoder._database().known[word_id("me")] = Inversion("me", torch.zeros(2, 96))
+        host.job("a photo of me", args=ON)
+        assert listed["TI"] == "me"
+
+
 def test_the_old_emphasis_option_cannot_go_around(tmp_path: Path) -> None:
     make_prefix(tmp_path / "prefixes")
     with fake_host("a1111", tmp_path) as host:

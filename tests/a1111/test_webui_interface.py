@@ -188,6 +188,21 @@ def test_the_identity_check_scores_with_a_recogniser(host: Host, gradio: Any) ->
     assert body["recognised"] == 1
 
 
+def test_a_page_that_polls_does_not_hold_up_a_reload(host: Host) -> None:
+    class Demo:
+        closed, server = 0, types.SimpleNamespace(force_exit=False)
+
+        def close(self) -> None:
+            assert self.server.force_exit  # before the server is told to end, or it waits for the poll
+            self.closed += 1
+
+    demo = Demo()
+    host.ours("register").let_go(demo)
+    demo.close()
+    assert demo.closed == 1
+    host.ours("register").let_go(None)  # without a page
+
+
 def test_the_score_route_refuses_what_is_no_picture(host: Host) -> None:
     scored = host.ours("api").scored
     for body, message in (([], "not an object"), ({"images": []}, "1 to 64"), ({"images": ["x"], "references": ["y"]},

@@ -89,8 +89,12 @@ def test_the_negative_prompt_carries_it_where_it_acts_positively(host: Host, cfg
 
 
 def test_forges_hires_pass_has_its_own_guidance(host: Host) -> None:
-    p = host.job("x", args=ON, negative_prompt="a man", cfg_scale=7.0, enable_hr=True, hr_cfg=0.5, hr_prompts=["x"])
-    assert carries(p.uc[0][0], host.prefix.vectors())
+    fields = {"negative_prompt": "a man", "enable_hr": True}
+    for cfg, hr_cfg, hires in ((7.0, 0.5, "x"), (0.5, 7.0, "x"), (7.0, None, "x :0"), (0.5, None, "x")):
+        p = host.job("x", args=ON, cfg_scale=cfg, hr_cfg=hr_cfg, hr_prompts=[hires], **fields)
+        assert carries(p.uc[0][0], host.prefix.vectors()) == (cfg < 1)
+        weight = 0 if ":0" in hires else 1
+        assert carries(p.hr_uc[0][0], host.prefix.vectors()) == ((cfg if hr_cfg is None else hr_cfg) * weight < 1)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])

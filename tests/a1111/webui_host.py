@@ -45,10 +45,18 @@ def host_folder() -> Path | None:
     return None
 
 
-def host_python(folder: Path) -> str:
+def forge_folder() -> Path | None:
+    """Forge's folder by FORGE_DIR, or None."""
+    named = os.environ.get("FORGE_DIR", "")
+    if named and not (Path(named).expanduser() / "modules_forge").is_dir():
+        raise FileNotFoundError(f"FORGE_DIR is {named}, which holds no Forge")
+    return Path(named).expanduser() if named else None
+
+
+def host_python(folder: Path, variable: str = "WEBUI_PYTHON") -> str:
     """The interpreter that the host runs with."""
     inside = folder / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    return os.environ.get("WEBUI_PYTHON") or (str(inside) if inside.is_file() else sys.executable)
+    return os.environ.get(variable) or (str(inside) if inside.is_file() else sys.executable)
 
 
 @dataclass
@@ -107,15 +115,19 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool = True, wait: float = 400,
-            options: dict[str, Any] | None = None, ui: bool = False, auth: str = "") -> Iterator[Server]:
+            options: dict[str, Any] | None = None, ui: bool = False, auth: str = "",
+            forge: bool = False) -> Iterator[Server]:
     """A host with these arguments, ended afterwards; ready when it has loaded the checkpoint.
 
     Raises:
         RuntimeError: it ended or did not answer in `wait` seconds; the end of its log is in the message.
     """
-    folder = host_folder()
+    folder = forge_folder() if forge else host_folder()
     if folder is None:
         raise FileNotFoundError("no WebUI")
+    variable = "FORGE_PYTHON" if forge else "WEBUI_PYTHON"
+    flags = ["--always-cpu"] if forge else ["--use-cpu", "all", "--no-half", "--precision", "full",
+                                            "--no-download-sd-model", "--do-not-download-clip"]
     link = folder / "extensions" / PROBE
     if link.is_symlink():
         link.unlink()
@@ -127,10 +139,9 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
         (work / "config.json").write_text(json.dumps({**OPTIONS, **(options or {})}), "utf-8")
         keep = {key: value for key, value in os.environ.items()
                 if key not in ("PYTHONPATH", "PYTHONHOME", "APL_POLICY")}
-        command = [host_python(folder), "-u", "launch.py", "--skip-prepare-environment", "--skip-torch-cuda-test",
-                   "--use-cpu", "all", "--no-half", "--precision", "full", "--no-download-sd-model",
-                   "--do-not-download-clip", "--no-hashing", "--disable-safe-unpickle", "--api", "--server-name",
-                   "127.0.0.1", "--port", str(port), "--ui-settings-file", str(work / "config.json"),
+        command = [host_python(folder, variable), "-u", "launch.py", "--skip-prepare-environment",
+                   "--skip-torch-cuda-test", *flags, "--no-hashing", "--disable-safe-unpickle", "--api",
+                   "--server-name", "127.0.0.1", "--port", str(port), "--ui-settings-file", str(work / "config.json"),
                    "--ui-config-file", str(work / "ui-config.json"), *([] if ui else ["--nowebui"]),
                    *(["--api-auth", auth] if auth else []), *arguments]
         log = work / "log.txt"
