@@ -242,7 +242,7 @@ def dry_run(args: Namespace, config: Any, tell: Tell) -> None:
     source = shipped.locate("base_model", config.base_model)
     expected = estimate(source, config)
     _say(args)(expected.text())
-    found = preflight.dry_run(Backend.for_settings(source, config), config, repeats=2)
+    found = preflight.dry_run(Backend.for_settings(source, config), config)
     peak = "" if found.peak_bytes is None else f", {found.peak_bytes / 2**30:.2f} GiB at most"
     tell(args, {"memory": expected.to_dict(), "measured": found.to_dict()},
          f"measured: {found.step_seconds:.2f} s a step{peak}; {config.steps} steps take about "

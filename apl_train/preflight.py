@@ -101,8 +101,16 @@ def _timed(device: torch.device, work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def dry_run(backend: Backend, config: TrainConfig, *, repeats: int = 1) -> Measured:
-    """Trains `repeats` steps on noise, after one that warms up where `repeats` is above 1; nothing is kept.
+def _fastest(device: torch.device, work: Callable[[], Any], patience: float = 5.0, most: int = 5) -> float:
+    """Seconds of the fastest of a few runs: the first one warms up, and is the only one where it takes long."""
+    took = [_timed(device, work)]
+    while len(took) < most and sum(took) < patience:
+        took.append(_timed(device, work))
+    return min(took)
+
+
+def dry_run(backend: Backend, config: TrainConfig) -> Measured:
+    """Trains a few steps on noise, one where that takes long; nothing is kept.
 
     With a target bank (config.bank) the frozen predictions are no part of a step, as in the training.
 
@@ -134,13 +142,12 @@ def dry_run(backend: Backend, config: TrainConfig, *, repeats: int = 1) -> Measu
 
     try:
         with PeakMemory(backend.device) as peak:
-            steps = [_timed(backend.device, step) for _ in range(repeats + (repeats > 1))]
-        seconds = [min(_timed(backend.device, work) for _ in range(repeats))
-                   for work in (predict, lambda: backend.decode(x[:1]))]
+            took = _fastest(backend.device, step)
+        seconds = [_fastest(backend.device, work) for work in (predict, lambda: backend.decode(x[:1]))]
     except (MemoryError, RuntimeError) as error:  # CUDA's own error is a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise TrainingError(f"One training step does not fit into the memory of {backend.device}.",
                             "Use the preset sd15-8gb, a smaller batch_size, or gradient_checkpointing.",
                             field="batch_size") from error
-    return Measured(min(steps), *seconds, peak.bytes)
+    return Measured(took, *seconds, peak.bytes)
