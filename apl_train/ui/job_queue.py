@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from . import jobs
 from .jobs import QUEUED, RUNNING, Job
@@ -29,9 +30,10 @@ _log = logging.getLogger("apl.ui")
 class Queue:
     """Jobs of all runs below `place.runs`. Every method may be called from any thread."""
 
+    _serving: ClassVar[set[Path]] = set()
+
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
     # -- the database ---------------------------------------------------------------------------------------------
@@ -139,9 +141,13 @@ class Queue:
             return found[0]
 
     def serve(self) -> None:
-        """Runs jobs from now on, in a thread that ends with the process; running jobs do not end with it."""
-        if self._thread is not None:
+        """Runs jobs from now on, in a thread that ends with the process; running jobs do not end with it.
+
+        One thread a folder, however often a host builds the page anew.
+        """
+        if self.place.runs in self._serving:
             return
+        self._serving.add(self.place.runs)
 
         def loop() -> None:
             while not self._ended.wait(TICK):
@@ -151,9 +157,9 @@ class Queue:
                 except Exception as error:  # a full disk now may have room in a second; the thread must live
                     _log.warning("the queue could not go on: %s", error)
 
-        self._thread = threading.Thread(target=loop, name="apl-queue", daemon=True)
-        self._thread.start()
+        threading.Thread(target=loop, name="apl-queue", daemon=True).start()
 
     def close(self) -> None:
         """Ends the thread; for tests."""
         self._ended.set()
+        self._serving.discard(self.place.runs)

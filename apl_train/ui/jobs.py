@@ -85,8 +85,12 @@ def start(job: Job) -> None:
     core("atomic").write_json(job.folder / "started.json", {"time": time.time()})
     argv = [job.argv[0], "-I", supervise.__file__, str(job.folder)]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # apart from this process and its terminal, whose end must not be the training's
+    apart: dict[str, Any] = {"start_new_session": True}
+    if os.name == "nt":
+        apart = {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}
     try:
-        subprocess.Popen(argv, start_new_session=True, **quiet)
+        subprocess.Popen(argv, **apart, **quiet)
     except OSError as error:
         core("atomic").write_text(job.folder / "log.txt", f"error: {argv[0]} cannot be started: {error.strerror}.\n")
         end(job, 127)

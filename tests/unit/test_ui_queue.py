@@ -112,3 +112,18 @@ def test_choices_are_remembered(tmp_path: Path) -> None:
 
 def test_looking_makes_no_folder(tmp_path: Path) -> None:
     assert Queue(Place(runs=tmp_path / "none")).waiting() == [] and not (tmp_path / "none").exists()
+
+
+def test_serving_starts_what_waits_with_one_thread_a_folder(tmp_path: Path, begun: list[str]) -> None:
+    queue = fill(Place(runs=tmp_path))
+    before = threading.active_count()
+    try:
+        queue.serve()
+        Queue(Place(runs=tmp_path)).serve()  # as a host does when its page is built anew
+        assert threading.active_count() == before + 1
+        until = time.monotonic() + 60
+        while not begun and time.monotonic() < until:
+            time.sleep(0.05)
+        assert begun == ["a"]
+    finally:
+        queue.close()
