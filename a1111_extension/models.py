@@ -23,7 +23,9 @@ def loaded_model() -> Any:
     """The model in memory, or None. Never loads one, as the host's own `shared.sd_model` would."""
     from modules import sd_models
 
-    return getattr(sd_models.model_data, "sd_model", None)
+    model = getattr(sd_models.model_data, "sd_model", None)
+    # Forge has a stand-in there until the first picture.
+    return None if type(model).__name__ == "FakeInitialModel" else model
 
 
 def family_of(model: Any) -> str:

@@ -32,6 +32,13 @@ TI = {name: torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(co
       for name, count in (("aplthree", 3), ("aplseventy", 75))}
 
 
+LAYER = "encoder.layers.1.self_attn.q_proj"
+LORA = {f"lora_te_text_model_{LAYER.replace('.', '_')}.{part}": torch.randn(*shape, generator=torch.Generator()
+                                                                           .manual_seed(len(part))) * 0.3
+        for part, shape in (("lora_down.weight", (4, WIDTH)), ("lora_up.weight", (WIDTH, 4)))}
+LORA[f"lora_te_text_model_{LAYER.replace('.', '_')}.alpha"] = torch.tensor(4.0)
+
+
 def words(count: int, word: str = "cat") -> str:
     return " ".join([word] * count)
 
@@ -146,7 +153,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         save_file({"emb_params": vectors}, made / "embeddings" / f"{name}.safetensors")
     (made / "styles.csv").write_text("name,prompt,negative_prompt\naplstyle,\"{prompt}, in oil on canvas\",blurry\n",
                                      "utf-8")
-    with running("--embeddings-dir", str(made / "embeddings"), "--styles-file", str(made / "styles.csv")) as host:
+    (made / "lora").mkdir()
+    save_file(LORA, made / "lora" / "apllora.safetensors")
+    (made / "models").mkdir()
+    for name in ("other.safetensors", "other.yaml"):  # a second checkpoint, for the refiner
+        source = MODEL / "miniature-sd1.safetensors" if name.endswith("safetensors") else (
+            host_folder() / "models" / "Stable-diffusion" / "miniature-sd1.yaml")
+        (made / "models" / name).write_bytes(source.read_bytes())
+    with running("--embeddings-dir", str(made / "embeddings"), "--styles-file", str(made / "styles.csv"), "--lora-dir",
+                 str(made / "lora"), "--ckpt-dir", str(made / "models")) as host:
         yield host
 
 
@@ -235,3 +250,39 @@ def test_an_encode_outside_any_job_is_the_hosts_own(server: Server, reference: R
     assert status == 200
     got = load_file(server.probe / "encode.safetensors")["x"]
     assert float((got - reference.encode([text("a photo of a man")], on=False)).abs().max()) <= BOUND
+
+
+def test_a_lora_on_the_text_encoder_and_plain_again(server: Server, reference: Reference) -> None:
+    inner = getattr(reference.model, "text_model", reference.model)
+    weight = inner.get_submodule(LAYER).weight
+    down, up = (next(value for key, value in LORA.items() if key.endswith(f"lora_{part}.weight"))
+                for part in ("down", "up"))
+    for prompt, strength in (("a photo of a man<lora:apllora:0.8>", 0.8), ("a photo of a man", 0.0),
+                             (f"{words(70)}<lora:apllora:0.5>", 0.5)):
+        plain = prompt.partition("<")[0]
+        case = Case({"prompt": prompt}, [Pass([[text(plain)]])])
+        for on in (True, False):
+            found = sampled(server, case, on)
+            before = weight.data.clone()
+            weight.data += strength * up @ down
+            try:
+                want = difference(reference, case, found, on)
+            finally:
+                weight.data = before
+            assert want <= BOUND, (prompt, on, want)
+            if strength:
+                assert difference(reference, case, found, on) > 1e-3  # the LoRA is really there
+
+
+def test_a_refiner_keeps_it(server: Server, reference: Reference) -> None:
+    """The second checkpoint encodes in the middle of sampling, when every script has had its turn."""
+    assert server.call("/sdapi/v1/refresh-checkpoints", {})[0] == 200
+    before = server.call("/apl/v1/status")[1]["counters"]["encodes"]
+    status, answer = server.txt2img(prompt="a photo of a man", steps=4, refiner_checkpoint="other.safetensors",
+                                    refiner_switch_at=0.5, **ON)
+    assert status == 200, answer
+    assert "Refiner" in answer["info"]
+    assert server.call("/apl/v1/status")[1]["counters"]["encodes"] == before + 2  # once for each checkpoint
+    case = CASES["short"]
+    for on in (False, True):  # and what the host padded with meanwhile is no prefix's
+        assert difference(reference, case, sampled(server, case, on), on) <= BOUND

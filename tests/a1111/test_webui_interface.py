@@ -89,6 +89,17 @@ def test_the_accordion_is_built_from_what_both_versions_have(host: Host, gradio:
     assert "NOT ACTIVE" in line(True, "<b>none", None) and "<b>" not in line(True, "<b>none", None)
 
 
+def test_before_a_checkpoint_is_loaded_nothing_is_claimed(host: Host, gradio: Any) -> None:
+    stand_in = type("FakeInitialModel", (), {"cond_stage_model": None})()  # Forge's, until the first picture
+    for model in (None, stand_in):
+        host.modules["modules.sd_models"].model_data.sd_model = model
+        line = host.ours("script").state_line(True, "test", None)
+        assert "on: test" in line and "active" not in line
+        assert host.shim.Script().ui(False)[1].choices[0] == "anonymize-miniature"
+        with pytest.raises(Exception, match="No checkpoint"):
+            host.job("a man", args=(True, "test"))
+
+
 def test_only_files_that_fit_are_without_a_remark(host: Host, gradio: Any) -> None:
     make_prefix(host.folder / "prefixes", "wide", widths={"emb_params": 768})
     script = host.shim.Script()
