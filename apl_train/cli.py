@@ -99,6 +99,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
                         "figures: sweeps")
     p.add_argument("--work", type=Path, default=Path("runs/miniworld"), help="work folder of the build")
     p.add_argument("--until", type=str, default="dataset", help="last stage of a build")
+    p.add_argument("--compiled", action="store_true", help="build: UNet through torch.compile (needs a C++ compiler)")
     p.add_argument("--final", action="store_true", help="prefix: also on the persons kept out of every decision")
     p = parsers["claims"]
     p.add_argument("--rerun", type=str, default=None, help="measure the claim with this id again")
@@ -252,7 +253,7 @@ def _run_miniworld(args: Namespace) -> None:
     if args.action == "build":
         from apl_train.miniworld.build import Build
 
-        Build(args.work).run(args.until)
+        Build(args.work, compiled=args.compiled).run(args.until)
         _tell(args, {"work": str(args.work)}, "built")
     elif args.action == "card":
         from apl_train.miniworld.card import write_card

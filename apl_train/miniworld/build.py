@@ -34,7 +34,7 @@ class Lengths:
 
     vae: int = 2000
     text: int = 1000
-    unet: int = 14000
+    unet: int = 4800
     recogniser: int = 2600
     recogniser2: int = 1000
     attributes: int = 900

@@ -79,34 +79,17 @@ def encode_all(vae, pictures: np.ndarray, batch: int = 32) -> Tensor:
 
 
 def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
-    """Rows of draw `i`: named persons first, then their doubles, then strangers and things in equal parts.
+    """Rows of draw `i`: named persons, their doubles under relations, then strangers and things in equal parts.
 
-    Descriptions come first; then names get most of the batch, being what takes longest to learn. Then every named row
-    has a counterpart, a double of the same person under its description or a relation ("a fan of X"): else words ahead
-    of a name change little. At the end names get half of the batch again, with counterparts for half of them.
+    Once descriptions are understood, names get most of the batch: they are what takes longest to learn.
     """
-    own, people = pairs.own, list(pairs.own)
-    if i < 9600:
-        named = [rng.choice(people) for _ in range(batch * (7 if i < 2400 else 9) // 16)]
-        doubled = [(rng.choice(people), True) for _ in range(batch // 16 + (i < 2400))]
-    else:
-        named = [rng.choice(people) for _ in range(batch // 3 if i < 20400 else batch // 2)]
-        doubled = [(p, k % 2 == 0) for k, p in enumerate(named[: batch // 3 if i < 20400 else batch // 4])]
-    rows = [pairs.face(rng, rng.choice(own[p])) for p in named]
-    rows += [pairs.face(rng, rng.choice(pairs.doubles[p]), relation=relation) for p, relation in doubled]
+    people, early = list(pairs.own), i < 2400
+    named = [rng.choice(pairs.own[rng.choice(people)]) for _ in range(batch * (7 if early else 9) // 16)]
+    rows = [pairs.face(rng, k) for k in named]
+    rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(people)]), relation=True)
+             for _ in range(batch // 16 + early)]
     rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range((batch - len(rows)) // 2)]
     return rows + [pairs.thing(rng) for _ in range(batch - len(rows))]
-
-
-def draw_times(i: int, n: int, g: torch.Generator) -> Tensor:
-    """Timesteps int64 [n]: towards high noise, where words tell most; then the middle; at the end all alike."""
-    t = torch.rand(n, generator=g)
-    if i < 20400:
-        t = 1 - t**1.5
-    if 9600 <= i < 20400:
-        middle = torch.sigmoid(0.3 + 0.8 * torch.randn(n, generator=g))
-        t = torch.where(torch.rand(n, generator=g) < 0.7, middle, t)
-    return (t * 1000).long().clamp(0, 999)
 
 
 def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, *, steps: int, batch: int = 32,
@@ -136,7 +119,7 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
         x0 = torch.stack([(faces if kind == "face" else things)[k] for _, _, (kind, k), _ in rows])
         ids = pairs.captioner.pad([r[0] for r in rows])
         ids[torch.rand(len(rows), generator=g).numpy() < 0.1] = empty
-        t = draw_times(i, len(rows), g)
+        t = ((1 - torch.rand(len(rows), generator=g) ** 1.5) * 1000).long().clamp(0, 999)
         # a little offset noise: an under-trained UNet else reads the noise's chance mean as a colour (miniworld trap 7)
         noise = torch.randn(x0.shape, generator=g) + 0.05 * torch.randn(len(rows), 4, 1, 1, generator=g)
         a = bar[t][:, None, None, None]
