@@ -51,6 +51,10 @@ def arguments_of(p: Any, args: Any = None) -> ScriptArgs | None:
 
 def state_line(enabled: Any, prefix: Any, level: Any) -> str:
     """HTML: what will happen to the next picture, and why not if not."""
+    from . import register
+
+    if register.problem:
+        return _line("bad", f"NOT ACTIVE, this host is not supported: {register.problem}")
     model = loaded_model()
     try:
         if JOBS.enforced and model is None:

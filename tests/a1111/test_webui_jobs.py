@@ -170,6 +170,7 @@ def test_an_unknown_host_refuses_instead_of_going_on(tmp_path: Path) -> None:
     make_prefix(tmp_path / "prefixes")
     with fake_host("none", tmp_path) as host:
         assert "None of the text encoders" in host.ours("register").problem
+        assert "not supported: None of the text encoders" in host.ours("script").state_line(True, "test", None)
         p = host.job("a man", args=ON)
         assert host.shared.state.interrupted and p.c is None
         assert "nothing was generated" in p.comments[0]
