@@ -15,6 +15,7 @@ from apl_core.library import PrefixLibrary
 from apl_core.prefix import load_prefix
 from apl_train import make as making
 from apl_train import shipped
+from apl_train.cast import read_cast, table_of, write_cast
 from apl_train.events import read_events
 from apl_train.make_settings import MakeSettings
 
@@ -85,10 +86,14 @@ def test_every_form_gives_what_the_demo_gives(forms: dict[str, str], tmp_path: P
 
 
 def test_from_nothing_to_an_installed_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    comfy = tmp_path / "ComfyUI"
+    """On a user's own list, without references: the model's own pictures stand for the persons."""
+    comfy, people = tmp_path / "ComfyUI", tmp_path / "people.csv"
     (comfy / "models" / "embeddings").mkdir(parents=True)
-    settings = MakeSettings(limit=2, each=1, neutral=4, draw_steps=3, steps=2, score_persons=2, score_seeds=1,
-                            previews=0, name="mine", embeddings=str(tmp_path / "prefixes"), host=(str(comfy),))
+    every = read_cast(table_of("miniature"))
+    write_cast(people, [p for split in ("train", "test") for p in [p for p in every if p.split == split][:2]])
+    settings = MakeSettings(people=str(people), persons="", each=1, neutral=4, draw_steps=3, steps=2, score_persons=2,
+                            score_seeds=1, previews=0, name="mine", embeddings=str(tmp_path / "prefixes"),
+                            host=(str(comfy),))
     run, said = tmp_path / "run", []
 
     def crash(*_args: object, **_options: object) -> None:
@@ -102,13 +107,16 @@ def test_from_nothing_to_an_installed_prefix(tmp_path: Path, monkeypatch: pytest
     assert len(drawn) == 6 and read_events(run)[-1]["event"] == "error"
 
     result, words = making.Making(run, None, said.append).everything()  # goes on, from the folder alone
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*.png") if "train" not in p.parts} == drawn
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*.png") if not {"train", "persons"} & {*p.parts}} == drawn
+    references = list((run / "persons" / "references").glob("*/*.png"))
+    assert len({p.parent.name for p in references}) == 4 and len(references) <= 16
     for folder in (tmp_path / "prefixes", comfy / "models" / "embeddings"):
         found = load_prefix(folder / "mine.safetensors", enforce=True)
         assert found.content_hash == result["content_hash"] and found.meta.base_model == SOURCE.stem
         assert next(e for e in PrefixLibrary([folder]).entries() if e.name == "mine").levels
     assert result["scores"]["persons"]["test"]["on"]["n_persons"] == 2
-    assert "data:image" in (run / "report.html").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "data:image" in page and "own pictures of each person" in page
     assert "installed" in words and "in all, about" in "\n".join(said)
     events = read_events(run)
     assert [e["stage"] for e in events if e["event"] == "stage"][-6:] == [
