@@ -9,6 +9,8 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from ..apl_core.library import safe_name
 from .pictures import GREEN, GREY, RED, boxed, captioned, to_bytes, to_images
 from .schema import schema
 
+PART = 8
+"""Pictures looked at between two looks at the interrupt button."""
 KNOWN = ("auraface", "buffalo_l", "buffalo_s", "antelopev2")
 
 
@@ -59,6 +63,16 @@ def reference_of(faces: list[list[Face]]) -> NDArray[np.float64]:
         raise ScoreError("No face was found in the reference pictures.",
                          "Use a sharp frontal picture in which the face takes a good part.", field="reference")
     return reference_embedding(found) if len(found) > 1 else normalise(found[0])
+
+
+def faces_of(embedder: FaceEmbedder, pictures: list[NDArray[np.uint8]]) -> list[list[Face]]:
+    """`embedder.faces_of`, with the node's progress bar, and an end when the user interrupts."""
+    bar, found = comfy.utils.ProgressBar(len(pictures)), []
+    for start in range(0, len(pictures), PART):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        found += embedder.faces_of(pictures[start : start + PART])
+        bar.update_absolute(len(found))
+    return found
 
 
 class IdentityScore(io.ComfyNode):
@@ -101,9 +115,9 @@ class IdentityScore(io.ComfyNode):
         cls, images: torch.Tensor, reference: torch.Tensor, recogniser: str, threshold: float
     ) -> io.NodeOutput:
         embedder = _loaded(recogniser, root())
-        target = reference_of(embedder.faces_of(to_bytes(reference)))
+        target = reference_of(faces_of(embedder, to_bytes(reference)))
         pictures = to_bytes(images)
-        found = embedder.faces_of(pictures)
+        found = faces_of(embedder, pictures)
         alike = [float(cosine(faces[0].embedding, target)) if faces else math.nan for faces in found]
         scores = PersonScores("person", np.array([value for value in alike if not math.isnan(value)]), len(pictures))
         passed = joint_success([scores], threshold) == 1.0

@@ -8,6 +8,7 @@ into later prompts that hold the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import OrderedDict
@@ -29,20 +30,29 @@ def facts_of(prefix: AnonymizationPrompt) -> dict[str, Any]:
 
 
 def upstream(prompt: Mapping[str, Any], node: str) -> str | None:
-    """Everything that a node's result follows from, as text; None when part of it is not in the prompt."""
-    seen: dict[str, Any] = {}
-    todo = [str(node)]
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        entry = prompt.get(name)
-        if not isinstance(entry, dict):
-            return None
-        inputs = entry.get("inputs", {})
-        seen[name] = [entry.get("class_type"), inputs]
-        todo += [str(value[0]) for value in inputs.values() if isinstance(value, list) and len(value) == 2]
-    return json.dumps(seen, sort_keys=True, default=str)
+    """Hash of everything that a node's result follows from; None when part of it is not in the prompt, or in a loop.
+
+    Nodes' own numbers have no part in it: the host takes a result from its cache where class and inputs are the same.
+    """
+    known: dict[str, str | None] = {}
+
+    def signed(name: str, above: frozenset[str]) -> str | None:
+        if name not in known:
+            entry = prompt.get(name)
+            if name in above or not isinstance(entry, dict) or not isinstance(entry.get("inputs", {}), dict):
+                return None
+            said = [entry.get("class_type")]
+            for key, value in sorted(entry.get("inputs", {}).items()):
+                if isinstance(value, list) and len(value) == 2:
+                    source = signed(str(value[0]), above | {name})
+                    if source is None:
+                        return None
+                    value = [source, value[1]]
+                said.append([key, value])
+            known[name] = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+        return known[name]
+
+    return signed(str(node), frozenset())
 
 
 def record(prefix: AnonymizationPrompt, hidden: Any) -> None:

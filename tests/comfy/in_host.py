@@ -713,6 +713,14 @@ def check_scores_by_hand() -> None:
         assert execute(pictures(1.0), pictures(0.0, 0.1), "x", 0.8).args[4] is True
         assert execute(pictures(None), pictures(0.0), "x", 0.8).args[4] is False, "no face is no success"
         refused(lambda: execute(pictures(1.0), pictures(None), "x", 0.8), "No face", "reference")
+        import comfy.model_management as management
+
+        management.interrupt_current_processing(True)
+        try:
+            execute(pictures(1.0), pictures(0.0), "x", 0.8)
+            raise AssertionError("it went on although the user interrupted")
+        except management.InterruptProcessingException:
+            pass
     finally:
         module._loaded = real
 

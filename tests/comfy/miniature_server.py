@@ -56,7 +56,7 @@ class Socket:
     """What the server tells its page: `events` of text frames, and how many pictures came as binary frames."""
 
     def __init__(self, server: Server) -> None:
-        self._stream = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        self._stream = socket.create_connection(("127.0.0.1", server.port), timeout=900)
         key = base64.b64encode(os.urandom(16)).decode()
         self._stream.sendall((f"GET /ws?clientId={server.client} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
                               "Upgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -66,7 +66,18 @@ def test_prompts_without_the_node_and_malformed_ones_pass_untouched() -> None:
     broken = {"prompt": {"3": {"class_type": "APL_Anonymize", "inputs": {"clip": ["9", 0]}}}}
     assert provenance.recall(broken)["extra_data"]["extra_pnginfo"][provenance.KEY] == {}
     loop = {"3": {"class_type": "APL_Anonymize", "inputs": {"clip": ["3", 0]}}}
-    assert provenance.upstream(loop, "3")
+    assert provenance.upstream(loop, "3") is None
+
+
+def test_the_hosts_cache_knows_no_numbers_of_nodes() -> None:
+    prefix = _prefix()
+    _ran(GRAPH, prefix)
+    number = {"1": "7", "2": "9", "3": "12", "4": "20"}
+    renamed = {number[key]: {"class_type": node["class_type"], "inputs": {
+        name: [number[value[0]], value[1]] if isinstance(value, list) else value
+        for name, value in node["inputs"].items()}} for key, node in GRAPH.items()}
+    said = provenance.recall({"prompt": renamed})["extra_data"]["extra_pnginfo"][provenance.KEY]
+    assert said == {"12": provenance.facts_of(prefix)}
 
 
 def test_a_node_run_outside_a_prompt_records_nothing() -> None:

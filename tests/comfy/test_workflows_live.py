@@ -94,7 +94,7 @@ def test_bad_wiring_and_bad_files_are_one_line_and_the_server_goes_on(server: An
     path = workflow_files.FOLDER / "anonymize-sd1.json"
     state, said = server.run(workflow_files.prompt_of(path, ckpt_name=SDXL, width=128, height=128))
     assert state == "error" and "clip_g" in said and "\n" not in said, said
-    (base / "models/anonymization_prompts/broken.safetensors").write_bytes(b"nothing")
+    (base / "models/anonymization_prompts/broken.safetensors").write_bytes(b"\x80\x02not this")
     state, said = server.run(workflow_files.prompt_of(path, prompt_name="broken"))
     assert state == "refused" and "not a safetensors file" in said, said
     state, said = server.run(workflow_files.prompt_of(path, ckpt_name=SD1, width=128, height=128, seed=9))
