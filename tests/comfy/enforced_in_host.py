@@ -32,7 +32,9 @@ def start(host: Path, root: Path, folder: Path, spy: bool = True) -> tuple[Any, 
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import nodes
+    import utils.extra_config  # noqa: F401 - first: `nodes` puts comfy/, and so comfy/utils.py, ahead on the path
+
+    import nodes  # isort: skip
 
     for pack in (*([HERE / "enforcement_pack"] if spy else []), root):
         if not asyncio.run(nodes.load_custom_node(str(pack))):
