@@ -40,7 +40,7 @@ class Parts:
         unet, vae, text_encoder: diffusers' UNet2DConditionModel and AutoencoderKL, transformers' CLIPTextModel.
         tokenizer: transformers' CLIPTokenizer.
         schedule: settings of diffusers' DDIMScheduler.
-        name: of the file (without its ending) or folder.
+        name: of the file (without its ending), the folder, or the hub model.
         sha256: of the file, or of a folder's .safetensors files one after another in sorted order; lowercase hex. A
             VAE from elsewhere is hashed after them.
     """
@@ -119,6 +119,8 @@ def read_parts(source: str | Path, *, dtype: torch.dtype = torch.float32, vae: s
         modules = ldm.read_ldm(found, dtype, meta=meta, own_vae=other is None)
         parts, files = (*modules, tokenizer, ldm.schedule(found), path.stem), [path]
     unet, own, text, tokenizer, schedule, name = parts
+    given = Path(source).expanduser()
+    name = name if path == given else given.name  # a snapshot in the hub's cache is called by its commit
     if other is not None:
         own, more = _read_vae(other, dtype, meta)
         files = [*files, *more]

@@ -197,6 +197,7 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = socket.create_connection = refuse
 from apl_train.backend import Backend
 found = [Backend.load(source) for source in sys.argv[1:]]
+assert [b.name for b in found] == ["model", "folder", "tiny-sd"], [b.name for b in found]
 import torch
 vectors = {"emb_params": torch.ones(3, 64)}
 states = [b.encode(["a photo of a cat"], vectors).states for b in found]
