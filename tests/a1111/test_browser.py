@@ -20,6 +20,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
 FOLDER = host_folder()
 HIDDEN = FOLDER is not None and any(part.startswith(".") for part in FOLDER.parts)
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(FOLDER is None, reason="no WebUI: set WEBUI_DIR (tests/a1111/README.md)"),
     pytest.mark.skipif(HIDDEN, reason="gradio 3 serves no scripts from below a folder that begins with a dot"),
     pytest.mark.skipif(not CHROMIUM, reason="no chromium"),

@@ -23,6 +23,7 @@ from test_proof_table import BOUND, MODEL, PREFIX, TI, Case, Pass, difference, t
 from webui_host import Server, host_folder, running
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(host_folder() is None, reason="no WebUI: set WEBUI_DIR (tests/a1111/README.md)"),
     pytest.mark.timeout(1200),
 ]

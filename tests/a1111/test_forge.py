@@ -29,6 +29,7 @@ NAMES = ("short", "empty", "65 tokens", "66 tokens", "76 tokens", "131 tokens", 
          "emphasis, No norm", "emphasis over two chunks", "negative", "prompt editing, one and two chunks",
          "AND", "detailer's inner job", "another script's own job", "guidance 0", "weight 0")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(FORGE is None, reason="no Forge: set FORGE_DIR (tests/a1111/README.md)"),
     pytest.mark.skipif(FORGE is not None and not (FORGE / "models/Stable-diffusion" / CHECKPOINT).is_file(),
                        reason=f"no {CHECKPOINT}: see make_sd15.py"),

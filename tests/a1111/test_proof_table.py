@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from webui_host import ROOT, Server, host_folder, running
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(host_folder() is None, reason="no WebUI: set WEBUI_DIR (tests/a1111/README.md)"),
     pytest.mark.timeout(1200),  # the first test starts the host: half a minute, or minutes on a busy machine
 ]

@@ -24,6 +24,7 @@ from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(host_folder() is None, reason="no WebUI: set WEBUI_DIR (tests/a1111/README.md)"),
     pytest.mark.timeout(1200),
 ]

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from setup_host import link as link_to
+from setup_host import set_up
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEFAULT = Path("~/.cache/apl-hosts/webui").expanduser()
-PROBE = "apl-test-probe"
+NAME, PROBE = "anonymization-prompt", "apl-test-probe"
 OPTIONS = {"live_previews_enable": False, "show_progress_type": "Approx cheap", "samples_save": False,
            "grid_save": False, "use_old_emphasis_implementation": False, "CLIP_stop_at_last_layers": 1,
            "emphasis": "Original", "comma_padding_backtrack": 20, "persistent_cond_cache": True,
@@ -128,6 +130,11 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
     variable = "FORGE_PYTHON" if forge else "WEBUI_PYTHON"
     flags = ["--always-cpu"] if forge else ["--use-cpu", "all", "--no-half", "--precision", "full",
                                             "--no-download-sd-model", "--do-not-download-clip"]
+    # The checkout may have been set up for another copy of this repository.
+    if forge:
+        link_to(ROOT, folder / "extensions" / NAME)
+    else:
+        set_up(folder)
     link = folder / "extensions" / PROBE
     if link.is_symlink():
         link.unlink()
