@@ -152,7 +152,7 @@ class Training:
         return [row for row in rows if isinstance(row, dict)]
 
     def stop(self, grace: float = GRACE) -> None:
-        """Let it save and end; end it by force when it does not. Returns when nothing of it is left."""
+        """Let it save, and end it once it said so, or when it does not. Returns when nothing of it is left."""
         atexit.unregister(self.stop)
         process = self._process
         if process is None or process.poll() is not None:
@@ -161,9 +161,13 @@ class Training:
             write_text(self.plan.log.parent / "control", "stop")
         if os.name != "nt":
             _signal_group(process, signal.SIGINT)
-        try:
-            process.wait(grace)
-        except subprocess.TimeoutExpired:
+        end = time.monotonic() + grace
+        while process.poll() is None and time.monotonic() < end:
+            # saved: what is left is the interpreter's own way out, which takes seconds with a model in memory
+            if any(event.get("event") == "stopped" for event in self.events()):
+                break
+            time.sleep(0.05)
+        if process.poll() is None:
             if os.name == "nt":
                 process.kill()
             else:
