@@ -118,8 +118,10 @@ class Observer:
                 self._keep_again(stage, shots, found)
                 return found
         observed = self._together(stage, shots, vectors)
-        if file is not None and this_process().main:
-            _store(file, key, observed)
+        if file is not None:
+            if this_process().main:
+                _store(file, key, observed)
+            this_process().wait()  # whoever looks for it next finds it
         return observed
 
     def _together(self, stage: str, shots: Sequence[Shot], vectors: Mapping[str, Tensor] | None) -> Observed:
