@@ -93,7 +93,8 @@ def test_the_hires_pass_has_its_own_guidance(server: Server, reference: Referenc
                "denoising_strength": 0.6, "hr_upscaler": "Latent", "hr_cfg": 0.5, "hr_prompt": words(66),
                "hr_additional_modules": ["Use same choices"]}
     case = Case(payload, [Pass([[text("x")]], [text("a man")]), Pass([[text(words(66))]], [text("a man")], True)])
-    assert difference(reference, case, sampled(server, "hires", case, True), True) <= BOUND
+    held = sampled(server, "hires", case, True)  # Forge tells scripts of its hires pass twice
+    assert difference(reference, case, [held[0], held[-1]], True) <= BOUND
 
 
 def test_the_toggle_survives_the_hosts_cache(server: Server) -> None:
