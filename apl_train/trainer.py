@@ -1,5 +1,7 @@
 """The training loop: equations 2-7 with one learnable tensor per text encoder, resumable bit for bit.
 
+Bit for bit on a CPU with one thread: several add up in an order of their own, some 1e-8 apart from run to run.
+
 Everything but the prefix is frozen. The loop talks through events, obeys a `stop` callable (Ctrl-C, a user interface)
 and leaves after every save a folder from which `resume` goes on. Under `accelerate launch` the rows of a batch are
 divided among the processes and one sum of gradients a step brings them together; the first process writes.

@@ -195,7 +195,7 @@ def test_unplugged_dataset(root: Path, backend: Backend, straight: torch.Tensor,
 
 @pytest.mark.parametrize("kind", ["latents", "captions", "bank"])
 def test_a_damaged_cache_is_made_again_not_trained_on(root: Path, backend: Backend, tmp_path: Path, kind: str) -> None:
-    config = settings(root, bank=40)
+    config = settings(root, bank=40, steps=24)
     made = training.train(tmp_path / "one", config, backend=backend, cache=tmp_path / "cache").vectors()
     files = sorted((tmp_path / "cache" / kind).rglob("*.safetensors"))
     assert len(files) >= 2
