@@ -96,7 +96,7 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
                lr: float = 1e-3, minutes: float | None = None, compiled: bool = False):
     """faces, things: scaled latents [N, 4, 16, 16] in the order of `pairs`. Returns the averaged UNet, frozen.
 
-    compiled: through torch.compile; needs a C++ compiler and two minutes, then a step takes a sixth less.
+    compiled: through torch.compile, which needs a C++ compiler; the first step waits for it.
     """
     torch.manual_seed(3)
     # the contrastive states hold mostly what a picture's description says; who it is must be learned here

@@ -11,7 +11,6 @@ References know nothing of ours: the host's CLIP Text Encode; its own `embedding
 from __future__ import annotations
 
 import asyncio
-import importlib.machinery
 import inspect
 import json
 import logging
@@ -29,43 +28,11 @@ START, END = 49406, 49407
 WIDTH_L, WIDTH_G, M = 32, 48, 10
 
 
-def _stand_in(name: str) -> None:
-    """A module that is not needed here but imported at the host's start: its attributes are empty classes."""
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.__path__ = []
-
-    def attribute(wanted: str) -> type:
-        if wanted.startswith("__"):
-            raise AttributeError(wanted)
-        return type(wanted, (), {})
-
-    module.__getattr__ = attribute
-    sys.modules[name] = module
-
-
 def start_host() -> None:
     """Import the host as its main.py does, on the CPU. torchvision and torchaudio may lack a build for this torch."""
-    import torch
+    import run_host
 
-    torch.set_num_threads(1)
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops"):
-            _stand_in(name)
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        start_host.library = library  # the operators are gone with it
-    try:
-        import torchaudio  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
-            _stand_in(name)
+    start_host.kept = run_host.fill_in()
     sys.path.insert(0, str(HOST))
     sys.argv = ["main.py", "--cpu", "--base-directory", str(SCRATCH), "--disable-api-nodes",
                 "--use-pytorch-cross-attention"]

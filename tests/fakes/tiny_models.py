@@ -75,3 +75,32 @@ def vae(seed: int = 2, channels: tuple[int, ...] = (32, 32, 64, 32), layers: int
     return _livened(AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n, layers_per_block=layers,
         block_out_channels=channels, latent_channels=4, norm_num_groups=32, sample_size=64), 0.02)
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """A single-file checkpoint of the tiny models in Stable Diffusion 1's names, with its yaml and tokenizer."""
+    import yaml
+    from safetensors.torch import save_file
+
+    from apl_train.single_file import ldm_config, to_ldm
+
+    models = unet(), vae(), text_encoder()
+    write_tokenizer(folder / "tokenizer")
+    save_file({k: v.contiguous() for k, v in to_ldm(*models).items()}, folder / "tiny.safetensors")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(ldm_config(*models)), "utf-8")
+    return folder / "tiny.safetensors"
+
+
+def write_set(folder: Path, rows: list[tuple[str, str, str, str]]) -> Path:
+    """A dataset of noise, 64 px, with these (name, prompt, description, kind)."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    lines = ["image,name,prompt,description,kind"]
+    for i, (name, c1, c2, kind) in enumerate(rows):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
+        lines.append(f'{i}.png,{name},{c1},"{c2}",{kind}')
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from fakes import tiny_models as tiny
-from PIL import Image
 
 from apl_core.errors import DatasetError, StorageError, TrainingError, TrainingStopped
 from apl_core.prefix import load_prefix
@@ -26,36 +25,18 @@ from apl_train.backend import Backend
 from apl_train.config import TrainConfig
 from apl_train.events import EventLog, read_events
 from apl_train.model_files import read_parts
-from apl_train.single_file import ldm_config, to_ldm
 from apl_train.state import load_state
 from apl_train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_set(folder: Path, rows: list[tuple[str, str, str, str]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    lines = ["image,name,prompt,description,kind"]
-    for i, (name, c1, c2, kind) in enumerate(rows):
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
-        lines.append(f'{i}.png,{name},{c1},"{c2}",{kind}')
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import yaml
-    from safetensors.torch import save_file
-
     root = tmp_path_factory.mktemp("world")
-    models = tiny.unet(), tiny.vae(), tiny.text_encoder()
-    tiny.write_tokenizer(root / "tokenizer")
-    save_file({k: v.contiguous() for k, v in to_ldm(*models).items()}, root / "tiny.safetensors")
-    (root / "tiny.yaml").write_text(yaml.safe_dump(ldm_config(*models)))
-    write_set(root / "id", [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id")])
-    write_set(root / "reg", [("", f"a tree {i}", "", "nonface" if i % 2 else "face") for i in range(38)])
+    tiny.write_checkpoint(root)
+    tiny.write_set(root / "id", [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id")])
+    tiny.write_set(root / "reg", [("", f"a tree {i}", "", "nonface" if i % 2 else "face") for i in range(38)])
     return root
 
 

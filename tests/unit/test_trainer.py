@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from fakes import tiny_models as tiny
-from PIL import Image
 
 from apl_core.errors import ConfigError, TrainingError, TrainingStopped
 from apl_core.library import PrefixLibrary
@@ -23,36 +22,17 @@ from apl_train.dataset import read_dataset
 from apl_train.events import read_events
 from apl_train.model_files import read_parts
 from apl_train.samples import TrainingSet
-from apl_train.single_file import ldm_config, to_ldm
 from apl_train.state import step_generator
 from apl_train.trainer import Trainer, initial_vectors
 
 
-def write_set(folder: Path, rows: list[tuple[str, str, str, str]]) -> Path:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    lines = ["image,name,prompt,description,kind"]
-    for i, (name, c1, c2, kind) in enumerate(rows):
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
-        lines.append(f'{i}.png,{name},{c1},"{c2}",{kind}')
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backend, TrainingSet]:
-    import yaml
-    from safetensors.torch import save_file
-
     root = tmp_path_factory.mktemp("world")
-    models = tiny.unet(), tiny.vae(), tiny.text_encoder()
-    tiny.write_tokenizer(root / "tokenizer")
-    save_file({k: v.contiguous() for k, v in to_ldm(*models).items()}, root / "tiny.safetensors")
-    (root / "tiny.yaml").write_text(yaml.safe_dump(ldm_config(*models)))
-    backend = Backend(read_parts(root / "tiny.safetensors"))
-    s_id = write_set(root / "id", [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id"),
+    backend = Backend(read_parts(tiny.write_checkpoint(root)))
+    s_id = tiny.write_set(root / "id", [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id"),
                                    ("ef", "ef", "a boy", "id")])
-    s_reg = write_set(root / "reg", [("", "a tree", "", "nonface"), ("", "a man", "", "face"),
+    s_reg = tiny.write_set(root / "reg", [("", "a tree", "", "nonface"), ("", "a man", "", "face"),
                                      ("", "a car", "", "nonface")])
     data = TrainingSet(backend, read_dataset(s_id, expect="id"), read_dataset(s_reg, expect="reg"), root / "cache")
     return backend, data
@@ -201,4 +181,4 @@ def test_more_persons_than_there_are_is_refused(world, tmp_path: Path) -> None:
 
 
 def _folder_of(_data, tmp_path: Path) -> Path:
-    return write_set(tmp_path / "id", [("ab", "photo of ab", "a man", "id")])
+    return tiny.write_set(tmp_path / "id", [("ab", "photo of ab", "a man", "id")])

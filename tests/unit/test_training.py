@@ -7,11 +7,9 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from fakes import tiny_models as tiny
-from PIL import Image
 
 from apl_core.errors import ConfigError, DatasetError
 from apl_core.placement import capacity
@@ -23,23 +21,11 @@ from apl_train.backend import Backend
 from apl_train.config import TrainConfig
 from apl_train.events import read_events
 from apl_train.model_files import read_parts
-from apl_train.single_file import ldm_config, to_ldm
 from apl_train.trainer import read_config
 from apl_train.training import _checked, ctrl_c, load_training_set, resume, train
 
 GOOD = [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id")]
 REG = [("", "a tree", "", "nonface"), ("", "a man", "", "face")]
-
-
-def write_set(folder: Path, rows: list[tuple[str, str, str, str]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    lines = ["image,name,prompt,description,kind"]
-    for i, (name, c1, c2, kind) in enumerate(rows):
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
-        lines.append(f'{i}.png,{name},{c1},"{c2}",{kind}')
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 class NoBackend:
@@ -50,19 +36,12 @@ class NoBackend:
 
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Backend:
-    import yaml
-    from safetensors.torch import save_file
-
     root = tmp_path_factory.mktemp("model")
-    models = tiny.unet(), tiny.vae(), tiny.text_encoder()
-    tiny.write_tokenizer(root / "tokenizer")
-    save_file({k: v.contiguous() for k, v in to_ldm(*models).items()}, root / "tiny.safetensors")
-    (root / "tiny.yaml").write_text(yaml.safe_dump(ldm_config(*models)))
-    return Backend(read_parts(root / "tiny.safetensors"))
+    return Backend(read_parts(tiny.write_checkpoint(root)))
 
 
 def test_a_good_set_passes(tmp_path: Path) -> None:
-    found = _checked(write_set(tmp_path, GOOD), "id", NoBackend(), TrainConfig())
+    found = _checked(tiny.write_set(tmp_path, GOOD), "id", NoBackend(), TrainConfig())
     assert [r.name for r in found.records] == ["ab", "cd"]
 
 
@@ -70,7 +49,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     room = capacity(10)
     rows = [*GOOD, ("ef", "photo of ef", "a man like ef", "id"), ("gh", "photo", "a lady", "id"),
             ("ij", "photo of ij " + "x " * room, "a man", "id"), ("kl", "photo of kl", "a man", "face")]
-    folder = write_set(tmp_path, rows)
+    folder = tiny.write_set(tmp_path, rows)
     (folder / "1.png").unlink()
     with pytest.raises(DatasetError) as caught:
         _checked(folder, "id", NoBackend(), TrainConfig(num_tokens=10))
@@ -87,15 +66,15 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_room_is_what_the_vectors_leave(tmp_path: Path) -> None:
     for m in (1, 10, 40):
         room = 75 - m
-        folder = write_set(tmp_path, [("ab", "ab" + " x" * (room - 1), "a man", "id")])
+        folder = tiny.write_set(tmp_path, [("ab", "ab" + " x" * (room - 1), "a man", "id")])
         _checked(folder, "id", NoBackend(), TrainConfig(num_tokens=m))
-        folder = write_set(tmp_path, [("ab", "ab" + " x" * room, "a man", "id")])
+        folder = tiny.write_set(tmp_path, [("ab", "ab" + " x" * room, "a man", "id")])
         with pytest.raises(DatasetError, match="1 tokens too long"):
             _checked(folder, "id", NoBackend(), TrainConfig(num_tokens=m))
 
 
 def test_of_many_problems_ten_are_shown(tmp_path: Path) -> None:
-    folder = write_set(tmp_path, [("ab", "photo of ab", f"{i} years and ab", "id") for i in range(13)])
+    folder = tiny.write_set(tmp_path, [("ab", "photo of ab", f"{i} years and ab", "id") for i in range(13)])
     with pytest.raises(DatasetError) as caught:
         _checked(folder, "id", NoBackend(), TrainConfig())
     lines = caught.value.message.splitlines()
@@ -103,8 +82,8 @@ def test_of_many_problems_ten_are_shown(tmp_path: Path) -> None:
 
 
 def test_both_sets_are_looked_at_before_the_model_is_used(tmp_path: Path) -> None:
-    write_set(tmp_path / "id", GOOD)
-    write_set(tmp_path / "reg", [("", "a tree", "", "tree")])
+    tiny.write_set(tmp_path / "id", GOOD)
+    tiny.write_set(tmp_path / "reg", [("", "a tree", "", "tree")])
     config = TrainConfig(s_id=str(tmp_path / "id"), s_reg=str(tmp_path / "reg"))
     with pytest.raises(DatasetError, match="kind is 'tree'"):
         load_training_set(NoBackend(), config, tmp_path / "cache")
@@ -112,13 +91,13 @@ def test_both_sets_are_looked_at_before_the_model_is_used(tmp_path: Path) -> Non
 
 
 def test_a_run_that_never_began_is_started_again_and_a_begun_one_is_not(backend: Backend, tmp_path: Path) -> None:
-    s_id, s_reg, run = tmp_path / "id", write_set(tmp_path / "reg", REG), tmp_path / "run"
-    write_set(s_id, [GOOD[0], ("cd", "photo", "a lady", "id")])
+    s_id, s_reg, run = tmp_path / "id", tiny.write_set(tmp_path / "reg", REG), tmp_path / "run"
+    tiny.write_set(s_id, [GOOD[0], ("cd", "photo", "a lady", "id")])
     config = TrainConfig(s_id=str(s_id), s_reg=str(s_reg), num_tokens=2, batch_size=2, steps=2, name="mine")
     for start in (lambda: train(run, config, backend=backend), lambda: resume(run, backend=backend)):
         with pytest.raises(DatasetError, match="not in its prompt"):
             start()
-    write_set(s_id, GOOD)
+    tiny.write_set(s_id, GOOD)
     made = train(run, config, backend=backend)
     assert read_config(run) == config
     assert load_prefix(run / "prefix" / "mine.safetensors").content_hash == made.content_hash
@@ -131,8 +110,8 @@ def test_a_run_that_never_began_is_started_again_and_a_begun_one_is_not(backend:
 
 
 def test_resume_begins_a_run_that_was_cut_off_before_its_first_step(backend: Backend, tmp_path: Path) -> None:
-    config = TrainConfig(s_id=str(write_set(tmp_path / "id", GOOD)), s_reg=str(write_set(tmp_path / "reg", REG)),
-                         num_tokens=2, batch_size=2, steps=2, name="mine")
+    s_id, s_reg = tiny.write_set(tmp_path / "id", GOOD), tiny.write_set(tmp_path / "reg", REG)
+    config = TrainConfig(s_id=str(s_id), s_reg=str(s_reg), num_tokens=2, batch_size=2, steps=2, name="mine")
     made = train(tmp_path / "whole", config, backend=backend)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.yaml").write_bytes((tmp_path / "whole" / "config.yaml").read_bytes())
