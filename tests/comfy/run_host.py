@@ -13,7 +13,7 @@ import sys
 import types
 
 
-def _stand_in(name: str) -> None:
+def stand_in(name: str) -> None:
     """A module whose attributes are empty classes."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -38,7 +38,7 @@ def fill_in() -> object:
         import torchvision  # noqa: F401
     except ImportError:
         for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops"):
-            _stand_in(name)
+            stand_in(name)
     except RuntimeError:
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
@@ -49,7 +49,7 @@ def fill_in() -> object:
         import torchaudio  # noqa: F401
     except (ImportError, OSError, RuntimeError):
         for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
-            _stand_in(name)
+            stand_in(name)
     return kept
 
 
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     rest = sys.argv[2:]
     while rest[:1] == ["--stand-in"]:
         if importlib.util.find_spec(rest[1]) is None:
-            _stand_in(rest[1])
+            stand_in(rest[1])
         rest = rest[2:]
     sys.argv = ["main.py", *rest]
     sys.path.insert(0, host)

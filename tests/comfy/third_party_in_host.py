@@ -54,7 +54,7 @@ def spy() -> None:
 
 def load(name: str) -> bool:
     if importlib.util.find_spec("diffusers") is None:  # a library that one of the packs imports imports it, for others
-        in_host._stand_in("diffusers")
+        run_host.stand_in("diffusers")
     return (PACKS / name).is_dir() and asyncio.run(in_host.nodes.load_custom_node(str(PACKS / name)))
 
 
