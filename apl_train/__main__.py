@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import sys
 
+from apl_train.control import leave_code
+
 
 def main(argv: list[str] | None = None) -> int:
     from apl_train.cli import main as run
 
-    return run(argv)
+    code = 1  # of an error that nobody foresaw
+    try:
+        code = run(argv)
+    except SystemExit as ended:  # wrong usage, or --help
+        code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
+        raise
+    finally:
+        leave_code(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -132,9 +132,12 @@ class Queue:
     # -- running --------------------------------------------------------------------------------------------------
 
     def tick(self) -> Job | None:
-        """Starts the next job when none runs, and returns it."""
+        """Starts the next job when none runs, and returns it; a job that runs unwatched is watched again."""
         with self._database() as database:
             found = self._open(database)
+            for job in found:
+                if job.state == RUNNING:
+                    jobs.adopt(job)
             if any(job.state == RUNNING for job in found) or not found:
                 return None
             jobs.start(found[0])  # inside the transaction: no other page can start a second one

@@ -1,8 +1,8 @@
 """Jobs as folders, `<run>/jobs/<number>-<kind>/`: what to run, whether it runs, what it printed, how it ended.
 
-    job.json   the command and who asked for it          lock       held while it runs
-    log.txt    what it printed                           control    "pause", "stop" or "kill", for it to obey
-    exit.json  its exit code; written at its end
+    job.json   the command and who asked for it          lock          held by what watches it
+    log.txt    what it printed                           control       "pause", "stop" or "kill", for it to obey
+    exit.json  its exit code; written at its end         process.json  which process it is; code.json: its own last word
 
 Nothing else is known of a job: the queue's database only remembers an order, and can be thrown away.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from .place import ROOT, Place
 
 QUEUED, RUNNING, DONE, STOPPED, FAILED, LOST = "queued", "running", "done", "stopped", "failed", "lost"
 STARTING = 30.0
-"""Seconds within which a started job must hold its lock, or it counts as lost."""
+"""Seconds within which a started job must have begun its process, or it counts as lost."""
+AGAIN = 5.0
+"""Seconds between two attempts to take over a job whose supervisor is gone."""
 _STOPPED_CODES = (130, -2, -15)
 
 
@@ -96,6 +98,15 @@ def start(job: Job) -> None:
         end(job, 127)
 
 
+def adopt(job: Job) -> bool:
+    """Starts a supervisor for a job that goes on without one. Raises StorageError."""
+    since = time.time() - float(_json(job.folder / "started.json").get("time") or 0.0)
+    if since < AGAIN or supervise.is_locked(job.folder / "lock") or supervise.living(job.folder) is None:
+        return False
+    start(job)
+    return True
+
+
 def tell(job: Job, word: str) -> None:
     """Leaves a word for a running job: "pause", "stop" (save first), "kill", or "" to go on. Raises StorageError."""
     core("atomic").write_text(job.folder / "control", word)
@@ -136,11 +147,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _state(folder: Path) -> tuple[str, int | None, float | None]:
     if (folder / "exit.json").exists():
-        left = _json(folder / "exit.json")
-        code = left.get("code") if isinstance(left.get("code"), int) else 1
-        asked = code in _STOPPED_CODES or _word(folder) in ("stop", "kill")
-        state = DONE if code == 0 else STOPPED if asked else FAILED
-        return state, code, left.get("time") if isinstance(left.get("time"), int | float) else None
+        return _ended(folder, _json(folder / "exit.json"))
     if supervise.is_locked(folder / "lock"):
         return RUNNING, None, None
     started = _json(folder / "started.json").get("time")
@@ -148,5 +155,18 @@ def _state(folder: Path) -> tuple[str, int | None, float | None]:
         return QUEUED, None, None
     if (folder / "exit.json").exists():  # it ended between the first look and the lock
         return _state(folder)
-    starting = not (folder / "lock").exists() and time.time() - started < STARTING
+    if supervise.living(folder) is not None:  # its supervisor alone was ended
+        return RUNNING, None, None
+    if supervise.last_word(folder) is not None:  # it came to its end without one
+        return _ended(folder, _json(folder / "code.json"))
+    # a lock file alone says nothing: it is made before it is locked, and whoever looks holds it for a moment
+    starting = not (folder / "process.json").exists() and time.time() - started < STARTING
     return (RUNNING if starting else LOST), None, None
+
+
+def _ended(folder: Path, left: Mapping[str, Any]) -> tuple[str, int, float | None]:
+    """State, code and time of a job that left a code."""
+    code = left.get("code") if isinstance(left.get("code"), int) else 1
+    asked = code in _STOPPED_CODES or _word(folder) in ("stop", "kill")
+    state = DONE if code == 0 else STOPPED if asked else FAILED
+    return state, code, left.get("time") if isinstance(left.get("time"), int | float) else None

@@ -1,12 +1,16 @@
-"""Orders to a training: pause holds it, go on lets it go, stop and Ctrl-C end it, even in a pause."""
+"""Orders to a training: pause holds it, go on lets it go, stop and Ctrl-C end it even then; its exit code is left."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 
-from apl_train.control import FILE, VARIABLE, obeying
+from apl_train import cli
+from apl_train.__main__ import main
+from apl_train.control import FILE, VARIABLE, leave_code, obeying
 
 
 def test_without_a_job_only_signals_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +55,42 @@ def test_ctrl_c_ends_a_pause(tmp_path: Path) -> None:
 def test_a_pause_that_is_taken_back_by_removing_the_file_ends(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("pause")
     assert obeying(lambda: False, lambda _: None, tmp_path, lambda _: (tmp_path / FILE).unlink())() is False
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_the_exit_code_is_left_by_the_jobs_own_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    (tmp_path / "process.json").write_text(json.dumps({"pid": os.getpid() + others}))
+    monkeypatch.setattr(cli, "main", lambda argv: int(argv[0]))
+    assert main(["5"]) == 5
+    assert (tmp_path / "code.json").exists() is not others
+    if not others:
+        left = json.loads((tmp_path / "code.json").read_text())
+        assert (left["code"], left["pid"]) == (5, os.getpid())
+
+
+@pytest.mark.parametrize(("ended", "code"), [(SystemExit(2), 2), (SystemExit(), 0), (SystemExit("words"), 1),
+                                             (KeyError("a bug"), 1)])
+def test_the_exit_code_is_left_however_the_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: BaseException, code: int
+) -> None:
+    def end(_argv: list[str]) -> int:
+        raise ended
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    (tmp_path / "process.json").write_text(json.dumps({"pid": os.getpid()}))
+    monkeypatch.setattr(cli, "main", end)
+    with pytest.raises(type(ended)):
+        main([])
+    assert json.loads((tmp_path / "code.json").read_text())["code"] == code
+
+
+def test_without_a_process_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_code(3)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    leave_code(3)
+    (tmp_path / "process.json").write_text("[]")
+    leave_code(3)
+    assert not (tmp_path / "code.json").exists()

@@ -107,6 +107,89 @@ def test_a_job_whose_supervisor_is_gone_is_lost(tmp_path: Path) -> None:
     assert wait(path, lambda job: job.state != RUNNING).state == LOST
 
 
+OUTLIVES = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(os.environ["APL_JOB"])
+print(os.getppid(), flush=True)
+while (word := (folder / "go").read_text() if (folder / "go").exists() else "") == "":
+    time.sleep(0.02)
+if word != "silent":
+    (folder / "code.json").write_text(json.dumps({"code": int(word), "pid": os.getpid(), "time": 5.0}))
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Path:
+    """A job that goes on though what watched it was ended."""
+    path = make(tmp_path, OUTLIVES)
+    started(path)
+    os.kill(pid_in_log(path), signal.SIGKILL)
+    until = time.monotonic() + 30
+    while supervise.is_locked(path / "lock") and time.monotonic() < until:
+        time.sleep(0.02)
+    return path
+
+
+def long_ago(path: Path) -> Job:
+    (path / "started.json").write_text(json.dumps({"time": time.time() - jobs.STARTING - 1}))
+    return jobs.read(path)
+
+
+@POSIX
+def test_a_job_that_goes_on_without_its_supervisor_is_taken_over(alone: Path) -> None:
+    job = long_ago(alone)
+    assert job.state == RUNNING and not supervise.is_locked(alone / "lock")
+    assert jobs.adopt(job) and not jobs.adopt(job)  # not a second time at once
+    wait(alone, lambda job: supervise.is_locked(alone / "lock"))
+    assert not jobs.adopt(long_ago(alone))  # it is watched again
+    assert len(jobs.log_lines(job)) == 1  # the one that runs, no second one
+    (alone / "go").write_text("0")
+    job = wait(alone, lambda job: (alone / "exit.json").exists())
+    assert (job.state, job.code) == (DONE, 0)  # its own word; the system tells its exit code to nobody
+
+
+@POSIX
+def test_a_job_that_was_taken_over_can_be_ended(alone: Path) -> None:
+    jobs.adopt(long_ago(alone))
+    jobs.tell(jobs.read(alone), "kill")
+    job = wait(alone, lambda job: (alone / "exit.json").exists())
+    assert (job.state, job.code) == (STOPPED, -9)
+
+
+@POSIX
+@pytest.mark.parametrize(("word", "state", "code"), [("0", DONE, 0), ("8", FAILED, 8), ("silent", LOST, None)])
+def test_a_job_that_ended_while_nobody_watched(alone: Path, word: str, state: str, code: int | None) -> None:
+    long_ago(alone)
+    (alone / "go").write_text(word)
+    job = wait(alone, lambda job: job.state != RUNNING)
+    assert (job.state, job.code) == (state, code)
+    assert not jobs.adopt(job)
+    assert supervise.run(alone) == (-9 if code is None else code)  # told, not begun again
+    assert len(jobs.log_lines(job)) == 1
+
+
+@POSIX
+def test_a_number_that_was_used_again_is_another_process(tmp_path: Path) -> None:
+    path = make(tmp_path, "")
+    (path / "lock").touch()
+    for began, alive in ((supervise.birth(os.getpid()), True), ("another boot 17", False), ("", False), (None, False)):
+        (path / "process.json").write_text(json.dumps({"pid": os.getpid(), "began": began}))
+        assert (long_ago(path).state == RUNNING) is alive
+    assert supervise.birth(os.getpid()) != supervise.birth(os.getppid())
+    assert supervise.birth(2**22 + 1) == ""
+
+
+@POSIX
+def test_a_zombie_is_no_living_process(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert supervise.birth(child) == ""
+    os.waitpid(child, 0)
+
+
 def test_an_interpreter_that_is_not_there_is_told(tmp_path: Path) -> None:
     path = make(tmp_path, "", python=str(tmp_path / "no-python"))
     started(path)
@@ -123,8 +206,12 @@ def test_a_second_supervisor_leaves_a_running_job_alone(tmp_path: Path, monkeypa
     assert not (path / "exit.json").exists() and not (path / "log.txt").exists()
 
 
-def test_a_job_that_never_took_its_lock_is_lost_after_a_while(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_job_that_never_began_is_lost_after_a_while(tmp_path: Path, lock: bool) -> None:
+    """A lock file that nobody holds yet is no sign of an end: the queue would start a second job beside it."""
     path = make(tmp_path, "")
+    if lock:
+        (path / "lock").touch()
     (path / "started.json").write_text(json.dumps({"time": time.time()}))
     assert jobs.read(path).state == RUNNING
     (path / "started.json").write_text(json.dumps({"time": time.time() - jobs.STARTING - 1}))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apl_train.ui import jobs
+from apl_train.ui import jobs, supervise
 from apl_train.ui.job_queue import FILE, Queue
 from apl_train.ui.place import Place
 
@@ -95,6 +95,19 @@ def test_many_pages_start_one_job_once(tmp_path: Path, begun: list[str]) -> None
     for thread in threads:
         thread.join()
     assert begun == ["a"]
+
+
+def test_a_job_that_runs_unwatched_is_watched_again_and_holds_the_queue(
+    tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = fill(Place(runs=tmp_path), "ab")
+    queue.tick()
+    path = tmp_path / "a" / "jobs" / "0001-train"
+    (path / "started.json").write_text(json.dumps({"time": 1.0}))
+    monkeypatch.setattr(supervise, "living", lambda folder: 7 if folder == path else None)
+    queue.tick()
+    queue.tick()
+    assert begun == ["a", "a"] and order(queue) == "ab"
 
 
 def test_a_run_folder_that_was_deleted_is_forgotten(tmp_path: Path, begun: list[str]) -> None:
