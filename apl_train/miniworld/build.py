@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from apl_core.atomic import write_safetensors
 from apl_core.errors import ConfigError, ModelError
-from apl_train.miniworld import autoencoder, denoiser, presence, recogniser, text_tower
+from apl_train.miniworld import autoencoder, denoiser, denoiser_xl, presence, recogniser, relatives, text_tower
 from apl_train.miniworld.captions import Captioner
 from apl_train.miniworld.tokens import write_tokenizer
 from apl_train.miniworld.world import read_people, read_pictures, render_world
@@ -35,14 +35,16 @@ class Lengths:
     vae: int = 2000
     text: int = 1000
     unet: int = 4800
+    text2: int = 420
+    unet_xl: int = 3000
     recogniser: int = 2600
     recogniser2: int = 1000
     attributes: int = 900
     presence: int = 400
 
 
-STAGES = ("tokenizer", "pictures", "vae", "text", "latents", "unet", "recogniser", "recogniser2", "attributes",
-          "presence", "export", "dataset")
+STAGES = ("tokenizer", "pictures", "vae", "text", "latents", "unet", "text2", "unet_xl", "recogniser", "recogniser2",
+          "attributes", "presence", "export", "dataset")
 
 
 class Build:
@@ -115,6 +117,38 @@ class Build:
     def unet(self):
         return denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet,
                                    minutes=self.minutes, compiled=self.compiled)
+
+    # -- the miniature SDXL ----------------------------------------------------------------------------------
+
+    @cached_property
+    def text2(self):
+        """(second text model, picture tower, head)."""
+        return text_tower.train_text_tower(self.fits, self.pairs, steps=self.lengths.text2, minutes=self.minutes,
+                                           second=True)
+
+    @cached_property
+    def resized(self) -> denoiser_xl.Resized:
+        return denoiser_xl.resized(self.vae, self.pictures("faces")[0])
+
+    @cached_property
+    def unet_xl(self):
+        """(UNet, second text model) of the miniature SDXL."""
+        unet, second = self.unet, self.text2[0]  # in this order: the UNet's training ends the first text tower's
+        return denoiser_xl.train_unet_xl(self.fits, self, self.text[0], second, unet, steps=self.lengths.unet_xl,
+                                         minutes=self.minutes, compiled=self.compiled)
+
+    # -- relatives of the first miniature --------------------------------------------------------------------
+
+    @cached_property
+    def restyled(self) -> tuple[text_tower.Pairs, tuple[torch.Tensor, torch.Tensor]]:
+        """(pairs, scaled latents of (faces, things)) in the other rendering style."""
+        pairs, path = relatives.restyled_pairs(self), self.work / "latents-restyled.safetensors"
+        if not path.exists():
+            parts = {"faces": denoiser.encode_all(self.vae, pairs.faces).half(),
+                     "things": denoiser.encode_all(self.vae, pairs.things).half()}
+            write_safetensors(path, parts)
+        parts = load_file(path)
+        return pairs, (parts["faces"].float(), parts["things"].float())
 
     # -- the measuring models --------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ are empty (guidance).
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 
@@ -78,12 +79,16 @@ def encode_all(vae, pictures: np.ndarray, batch: int = 32) -> Tensor:
     return torch.cat(out)
 
 
+LATE = 2400
+"""Draws after which names get most of a batch."""
+
+
 def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
     """Rows of draw `i`: named persons, their doubles under relations, then strangers and things in equal parts.
 
     Once descriptions are understood, names get most of the batch: they are what takes longest to learn.
     """
-    people, early = list(pairs.own), i < 2400
+    people, early = list(pairs.own), i < LATE
     named = [rng.choice(pairs.own[rng.choice(people)]) for _ in range(batch * (7 if early else 9) // 16)]
     rows = [pairs.face(rng, k) for k in named]
     rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(people)]), relation=True)
@@ -93,15 +98,18 @@ def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
 
 
 def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, *, steps: int, batch: int = 32,
-               lr: float = 1e-3, minutes: float | None = None, compiled: bool = False):
+               lr: float = 1e-3, minutes: float | None = None, compiled: bool = False, name: str = "unet",
+               start=None, seed: int = 0):
     """faces, things: scaled latents [N, 4, 16, 16] in the order of `pairs`. Returns the averaged UNet, frozen.
 
     compiled: through torch.compile, which needs a C++ compiler; the first step waits for it.
+    start: a UNet to go on from, under another `name` and `seed`; its text tower then stays as it is, as in fine-tunes.
     """
     torch.manual_seed(3)
     # the contrastive states hold mostly what a picture's description says; who it is must be learned here
-    text.requires_grad_(True)
-    unet = new_unet().to(memory_format=torch.channels_last)
+    text.requires_grad_(start is None)
+    unet = (new_unet() if start is None else copy.deepcopy(start).requires_grad_(True)).train()
+    unet = unet.to(memory_format=torch.channels_last)
     dtype, bar = fast_dtype(), alphas_bar()
     empty = np.full((1, 77), 49407)
     empty[0, 0] = 49406
@@ -114,8 +122,8 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
     predict = torch.compile(predict) if compiled else predict
 
     def step(i: int, g: torch.Generator) -> dict[str, Tensor]:
-        rng = random.Random(104729 * i + 11)
-        rows = draw_rows(pairs, rng, i, batch)
+        rng = random.Random(104729 * i + 11 + seed)
+        rows = draw_rows(pairs, rng, i if start is None else LATE, batch)
         x0 = torch.stack([(faces if kind == "face" else things)[k] for _, _, (kind, k), _ in rows])
         ids = pairs.captioner.pad([r[0] for r in rows])
         ids[torch.rand(len(rows), generator=g).numpy() < 0.1] = empty
@@ -126,6 +134,7 @@ def train_unet(folder: Path, pairs: Pairs, text, faces: Tensor, things: Tensor, 
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         return {"loss": F.mse_loss(predict(x_t, t, torch.from_numpy(ids)), noise)}
 
-    fit("unet", folder, {"unet": unet, "text": text}, step, steps=steps, lr=lr, ema=0.999, minutes=minutes)
+    parts = {"unet": unet, "text": text} if start is None else {"unet": unet}
+    fit(name, folder, parts, step, steps=steps, lr=lr, ema=0.999, minutes=minutes, seed=seed)
     text.eval().requires_grad_(False)
     return unet.eval().requires_grad_(False)

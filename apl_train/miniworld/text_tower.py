@@ -35,10 +35,27 @@ CONFIG = {
 }
 
 
+SECOND = CONFIG | {"hidden_size": 128, "intermediate_size": 512, "projection_dim": 128, "num_hidden_layers": 5,
+                   "hidden_act": "gelu", "pad_token_id": 0}
+"""The miniature SDXL's second encoder: another width, depth, activation and padding, as CLIP-G has beside CLIP-L."""
+
+
 def new_text_model():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(**CONFIG))
+
+
+def new_second_text_model():
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(CLIPTextConfig(**SECOND))
+
+
+def pad_with(ids: np.ndarray, pad: int) -> np.ndarray:
+    """The rows with `pad` behind the first EOS: int [N, 77] -> int [N, 77]."""
+    behind = (ids == CONFIG["eos_token_id"]).cumsum(1) - (ids == CONFIG["eos_token_id"]) > 0
+    return np.where(behind, pad, ids)
 
 
 class Look(nn.Module):
@@ -60,11 +77,11 @@ class Look(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection of the pooled text state, and the temperature."""
+    """Projection of the pooled text state (none where the text model projects itself), and the temperature."""
 
-    def __init__(self, width: int = 96):
+    def __init__(self, width: int | None = 96):
         super().__init__()
-        self.project = nn.Linear(width, width, bias=False)
+        self.project = nn.Linear(width, width, bias=False) if width else nn.Identity()
         self.log_scale = nn.Parameter(torch.tensor(math.log(14.0)))
 
 
@@ -112,14 +129,18 @@ class Pairs:
         return np.stack([(self.faces if kind == "face" else self.things)[i] for _, _, (kind, i), _ in rows])
 
 
-def train_text_tower(folder: Path, pairs: Pairs, *, steps: int, lr: float = 1e-3, minutes: float | None = None):
-    """Returns (text model, picture tower, head), frozen."""
-    torch.manual_seed(2)
-    text, look, head = new_text_model(), Look(), Head()
-    dtype = fast_dtype()
+def train_text_tower(folder: Path, pairs: Pairs, *, steps: int, lr: float = 1e-3, minutes: float | None = None,
+                     second: bool = False):
+    """Returns (text model, picture tower, head), frozen. second: the miniature SDXL's other encoder."""
+    torch.manual_seed(12 if second else 2)
+    if second:
+        text, look, head = new_second_text_model(), Look(SECOND["projection_dim"]), Head(None)
+    else:
+        text, look, head = new_text_model(), Look(), Head()
+    dtype, salt = fast_dtype(), 500_009 if second else 0
 
     def step(i: int, g: torch.Generator) -> dict[str, Tensor]:
-        rng = random.Random(7919 * i + 5)
+        rng = random.Random(7919 * i + 5 + salt)
         rows = pairs.draw(rng, persons=32, strangers=32, things=32)
         holds, unsure = match([r[1] for r in rows], [r[3] for r in rows])
         np.fill_diagonal(holds, True)
@@ -129,8 +150,11 @@ def train_text_tower(folder: Path, pairs: Pairs, *, steps: int, lr: float = 1e-3
         gain = 1 + 0.1 * torch.randn(len(pixels), 3, 1, 1, generator=g)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             seen = look((pixels * gain).contiguous(memory_format=torch.channels_last))
-            ids = torch.from_numpy(pairs.captioner.pad([r[0] for r in rows]))
-            said = head.project(text(input_ids=ids).pooler_output)
+            ids = pairs.captioner.pad([r[0] for r in rows])
+            if second:
+                said = text(input_ids=torch.from_numpy(pad_with(ids, SECOND["pad_token_id"]))).text_embeds
+            else:
+                said = head.project(text(input_ids=torch.from_numpy(ids)).pooler_output)
         scale = head.log_scale.clamp(max=math.log(50)).exp()
         logits = scale * F.normalize(said.float(), dim=-1) @ F.normalize(seen.float(), dim=-1).T
         logits = logits.masked_fill(left_out, -1e4)
@@ -140,8 +164,9 @@ def train_text_tower(folder: Path, pairs: Pairs, *, steps: int, lr: float = 1e-3
         top1 = positive.gather(1, logits.argmax(1, keepdim=True)).float().mean()
         return {"loss": loss, "top1": top1.detach()}
 
-    fit("text", folder, {"text": text, "look": look, "head": head}, step, steps=steps, lr=lr, minutes=minutes,
-        weight_decay=0.01, ema=0.995)
+    parts = {"text": text, "look": look, "head": head}
+    fit("text2" if second else "text", folder, parts, step, steps=steps, lr=lr, minutes=minutes, weight_decay=0.01,
+        ema=0.995)
     for module in (text, look, head):
         module.eval().requires_grad_(False)
     return text, look, head
