@@ -57,6 +57,7 @@ class Jobs:
     Attributes:
         policy, forced: the operator's policy and, in enforced mode, family to its pinned choice.
         counters: prefixed rows, refusals and so on since the start.
+        problem: why this host cannot be used, for the accordion; "" where it can.
     """
 
     policy: Policy | None = None
@@ -65,6 +66,7 @@ class Jobs:
     stack: list[Job] = field(default_factory=list)
     requests: list[Job] = field(default_factory=list)
     trusted: str = ""
+    problem: str = ""
     _local: threading.local = field(default_factory=threading.local)
 
     @property

@@ -30,7 +30,7 @@ def own_folder() -> Path:
 
 def prefix_library() -> PrefixLibrary:
     """The prefixes of both folders, read anew: files come and go while the server runs."""
-    return PrefixLibrary([own_folder(), shipped_folder()])
+    return PrefixLibrary([own_folder(), shipped_folder()], tell_folders=False)
 
 
 def entries() -> list[Entry]:
@@ -50,8 +50,8 @@ def load(name: str, level: int | None) -> AnonymizationPrompt:
         LibraryError, PrefixFileError: there is no such file, or it is damaged.
     """
     if not name:
-        raise LibraryError("No prefix is chosen.", f"Choose one, or put a file into {own_folder()} and refresh.",
-                           field="prefix")
+        raise LibraryError("No prefix is chosen.", f"Choose one, or put a file into the WebUI's models/{FOLDER} (or "
+                           "the folder of --apl-dir) and refresh.", field="prefix")
     path = prefix_library().resolve(name, level)
     return _loaded(path, hashlib.sha256(read_limited(path)).hexdigest())
 

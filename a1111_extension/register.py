@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from . import counter
 from .api import add_routes
 from .conds import patch_processing
-from .counter import patch_counter
 from .encoder import patch_encoders
 from .enforce import on_model_loaded, refuse_to_start, switch_on
 from .hooks import Hooks
@@ -21,8 +21,6 @@ from .xyz import add_axes
 
 HOOKS = Hooks()
 SECTION = ("apl", "Anonymization")
-problem = ""
-"""Why this host cannot be used, for the accordion; "" where it can."""
 _polls = False
 _log = logging.getLogger("apl")
 
@@ -33,17 +31,16 @@ def register() -> type:
     Raises:
         SystemExit: 78, when a policy is enforced and this host cannot keep it.
     """
-    global problem
     switch_on(HOOKS)
     try:
         patch_encoders(HOOKS)
         patch_processing(HOOKS)
-        problem = ""
+        JOBS.problem = ""
     except Exception as error:
         if JOBS.enforced:
             refuse_to_start(error)
         HOOKS.remove()
-        problem = str(error)
+        JOBS.problem = str(error)
         _log.error("APL cannot work in this host: %s", error)
     _callbacks()
     return ScriptBase
@@ -54,6 +51,7 @@ def _callbacks() -> None:
 
     callbacks.on_ui_settings(add_settings)
     callbacks.on_before_ui(_before_ui)
+    callbacks.on_after_component(counter.note)
     callbacks.on_app_started(_started)
     callbacks.on_ui_tabs(_tabs)
     callbacks.on_model_loaded(on_model_loaded)
@@ -67,7 +65,8 @@ def unload() -> None:
 
 
 def _before_ui() -> None:
-    for what, place in (("axes", add_axes), ("token counter", lambda: patch_counter(HOOKS))):
+    counter.forget()
+    for what, place in (("axes", add_axes), ("token counter", lambda: counter.patch_counter(HOOKS))):
         try:
             place()
         except Exception as error:  # conveniences: a host that has them otherwise must still start

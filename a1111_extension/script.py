@@ -5,15 +5,15 @@ Only components and arguments that gradio 3.41 and 4.40 share; no javascript, an
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 from ..apl_core.errors import APLError
-from .args import KEY, WHOLE, ScriptArgs, choice_label, from_infotext, level_label, level_of, name_of
+from . import counter
+from .args import KEY, WHOLE, ScriptArgs, choice_label, from_infotext, level_label, name_of
 from .compare import before_and_after
 from .jobs import JOBS
-from .library import choice_of, entries, first_fitting, unfit_reason
-from .models import check_model, loaded_model
+from .library import entries, first_fitting, unfit_reason
+from .state import state_line
 
 TITLE = "Anonymize"
 
@@ -49,43 +49,6 @@ def arguments_of(p: Any, args: Any = None) -> ScriptArgs | None:
     return ScriptArgs.of([changes], asked) if changes else asked
 
 
-def state_line(enabled: Any, prefix: Any, level: Any) -> str:
-    """HTML: what will happen to the next picture, and why not if not."""
-    from . import register
-
-    if register.problem:
-        return _line("bad", f"NOT ACTIVE, this host is not supported: {register.problem}")
-    model = loaded_model()
-    try:
-        if JOBS.enforced and model is None:
-            return _line("on", f"active, set by the operator of this server, for {' and '.join(sorted(JOBS.forced))}; "
-                         "no checkpoint is loaded yet")
-        if JOBS.enforced:
-            choice = JOBS.forced_choice(model)
-            where = "set by the operator of this server"
-            if choice is None:
-                return _line("warn", "not active: the operator lets this model run without a prefix")
-        else:
-            choice = choice_of(ScriptArgs(bool(enabled), name_of(str(prefix or "")), level_of(level)))
-            where = level_label(choice.level) if choice is not None else ""
-            if choice is None:
-                return _line("off", "off: prompts are used as they are")
-        if model is not None:
-            check_model(model, choice.prefix)
-    except APLError as error:
-        return _line("bad", f"NOT ACTIVE, nothing will be generated: {error}" if enabled or JOBS.enforced
-                     else str(error))
-    taken = choice.prefix.num_tokens
-    if model is None:
-        return _line("warn", f"on: {choice.name} ({where}); whether it fits is known once a checkpoint is loaded")
-    return _line("on", f"active: {choice.name} ({where}) · {taken} of 75 tokens per chunk, {75 - taken} for your text. "
-                 "Reduces recognisable likeness in tested prompts.")
-
-
-def _line(kind: str, text: str) -> str:
-    return f"<p class='apl-state apl-{kind}'>{html.escape(text)}</p>"
-
-
 def _choices() -> list[str]:
     return [choice_label(entry.name, not unfit_reason(entry)) for entry in entries()]
 
@@ -116,8 +79,6 @@ class ScriptBase:
         """Build the accordion. Called several times by the host's API; has no effect but the components."""
         import gradio as gr
 
-        from . import counter
-
         tab = "img2img" if is_img2img else "txt2img"
         start, locked = defaults(), JOBS.enforced
         with gr.Accordion(TITLE, open=False, elem_id=f"apl_{tab}"):
@@ -138,6 +99,7 @@ class ScriptBase:
             control.do_not_save_to_config = True
             control.change(fn=lambda *values: counter.update(tab, *values), inputs=controls, outputs=[line],
                            show_progress=False)
+        counter.join(tab, controls)
         prefix.change(fn=lambda name: gr.update(choices=_levels(name), value=WHOLE), inputs=[prefix], outputs=[level],
                       show_progress=False)
         refresh.click(fn=lambda *values: self._refreshed(tab, *values), inputs=controls, outputs=[prefix, level, line],
@@ -166,8 +128,6 @@ class ScriptBase:
 
     def _refreshed(self, tab: str, enabled: bool, prefix: str, level: str) -> tuple[Any, Any, str]:
         import gradio as gr
-
-        from . import counter
 
         name = name_of(prefix or "") or first_fitting(entries())
         levels = _levels(name)

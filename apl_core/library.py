@@ -125,11 +125,12 @@ class PrefixLibrary:
     Args:
         folders: searched in this order, not their subfolders; missing ones are skipped.
         plain: list plain embeddings too, which say nothing of anonymization.
+        tell_folders: name the folders when a prefix is not there. A server's users may be anyone.
     """
 
-    def __init__(self, folders: Sequence[str | Path], *, plain: bool = False) -> None:
+    def __init__(self, folders: Sequence[str | Path], *, plain: bool = False, tell_folders: bool = True) -> None:
         self.folders = tuple(Path(folder) for folder in folders)
-        self.plain = plain
+        self.plain, self.tell_folders = plain, tell_folders
 
     def _stems(self) -> dict[str, Path]:
         """Stem of every file with a safe name, to its path; first folder first."""
@@ -203,10 +204,9 @@ class PrefixLibrary:
                 )
         if path is None:
             names = ", ".join(self._grouped()) or "none"
+            searched = f" Searched: {', '.join(map(str, self.folders)) or 'no folder'}." if self.tell_folders else ""
             raise LibraryError(
-                f"There is no prefix named {stem!r}.",
-                f"There are: {names}. Searched: {', '.join(map(str, self.folders)) or 'no folder'}.",
-                field="name",
+                f"There is no prefix named {stem!r}.", f"There are: {names}.{searched}", field="name"
             )
         return resolve_within(path.parent, path.name)
 

@@ -40,7 +40,7 @@ def own_folder() -> Path:
 
 def prefix_library() -> PrefixLibrary:
     """The prefixes of all those folders, read anew: files come and go while the server runs."""
-    return PrefixLibrary(folder_paths.get_folder_paths(FOLDER))
+    return PrefixLibrary(folder_paths.get_folder_paths(FOLDER), tell_folders=False)
 
 
 def prefix_names() -> list[str]:

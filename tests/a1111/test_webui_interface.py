@@ -93,7 +93,7 @@ def test_before_a_checkpoint_is_loaded_nothing_is_claimed(host: Host, gradio: An
     stand_in = type("FakeInitialModel", (), {"cond_stage_model": None})()  # Forge's, until the first picture
     for model in (None, stand_in):
         host.modules["modules.sd_models"].model_data.sd_model = model
-        line = host.ours("script").state_line(True, "test", None)
+        line = host.ours("state").state_line(True, "test", None)
         assert "on: test" in line and "active" not in line
         assert host.shim.Script().ui(False)[1].choices[0] == "anonymize-miniature"
         with pytest.raises(Exception, match="No checkpoint"):
@@ -108,7 +108,7 @@ def test_only_files_that_fit_are_without_a_remark(host: Host, gradio: Any) -> No
     host.job("a man")
     with pytest.raises(Exception, match="width 768"):
         host.job("a man", args=(True, "wide (does not fit this model)"))
-    assert "width 768" in host.ours("script").state_line(True, "wide (does not fit this model)", None)
+    assert "width 768" in host.ours("state").state_line(True, "wide (does not fit this model)", None)
 
 
 def test_paste_never_switches_it_off(host: Host, gradio: Any) -> None:
@@ -132,11 +132,39 @@ def test_an_enforced_accordion_cannot_be_changed(tmp_path: Path, gradio: Any) ->
         controls = script.ui(False)
         assert [control.interactive for control in controls] == [False] * 3
         assert controls[0].value is True
-        line = host.ours("script").state_line(False, "", None)
+        line = host.ours("state").state_line(False, "", None)
         assert "active: house" in line and "operator" in line
         assert all(function({"APL": "test [00000000]"}) == {"__type__": "update"}
                    for _, function in script.infotext_fields)
         assert "no picture without" in host.ours("compare").before_and_after("test", None)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_the_counter_follows_the_accordion(host: Host, gradio: Any, ours_first: bool) -> None:
+    """By the ids that the hosts give their components, in whatever order a page has them; and once."""
+    counted = []
+    page = types.SimpleNamespace(update_token_counter=lambda text, steps, styles, *, is_positive=True: counted.append(
+        (text, steps, styles)) or "<span>3/65</span>")
+    host.modules["modules"].ui = sys.modules["modules.ui"] = page
+    parts = {name: gradio.HTML(elem_id=f"txt2img_{name}") for name in ("prompt", "steps", "styles", "token_counter")}
+    others = [gradio.HTML(elem_id=name) for name in ("txt2img_negative_token_counter", "img2img_prompt", None)]
+
+    def build() -> list[Any]:
+        return host.shim.Script().ui(False)
+
+    host.callbacks.fire("on_before_ui")
+    controls = build() if ours_first else []
+    for component in (*parts.values(), *others):
+        host.callbacks.fire("on_after_component", component)
+    controls = controls or build()
+    again = build()  # by the host's API, outside of the page
+    for control in controls:
+        (event,) = [event for event in control.events if event["outputs"] == [parts["token_counter"]]]
+        assert event["inputs"] == [*controls, parts["prompt"], parts["steps"], parts["styles"]]
+        assert event["fn"](True, "test", "step 400", "a man", 20, ["s"]) == "<span>3/65</span>"
+    assert counted == [("a man", 20, ["s"])] * 3
+    assert host.ours("counter")._choice().level == 400
+    assert not any(event["outputs"] == [parts["token_counter"]] for control in again for event in control.events)
 
 
 def test_the_pair_needs_a_picture_first(host: Host, gradio: Any) -> None:

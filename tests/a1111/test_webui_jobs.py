@@ -169,8 +169,8 @@ def test_a_model_without_a_known_encoder_is_refused(host: Host) -> None:
 def test_an_unknown_host_refuses_instead_of_going_on(tmp_path: Path) -> None:
     make_prefix(tmp_path / "prefixes")
     with fake_host("none", tmp_path) as host:
-        assert "None of the text encoders" in host.ours("register").problem
-        assert "not supported: None of the text encoders" in host.ours("script").state_line(True, "test", None)
+        assert "None of the text encoders" in host.ours("jobs").JOBS.problem
+        assert "not supported: None of the text encoders" in host.ours("state").state_line(True, "test", None)
         p = host.job("a man", args=ON)
         assert host.shared.state.interrupted and p.c is None
         assert "nothing was generated" in p.comments[0]
@@ -193,6 +193,15 @@ def test_broken_files_are_told_in_a_line_and_the_rest_works(host: Host) -> None:
         with pytest.raises(Exception, match=r"cut off|pickle|claims a header"):
             host.job("a man", args=(True, name))
     assert carries(host.job("a man", args=ON).c[0][0], host.prefix.vectors())
+
+
+def test_an_unknown_name_tells_what_there_is_and_not_where(host: Host) -> None:
+    with pytest.raises(Exception, match=r"no prefix named 'none'.*anonymize-miniature, test") as raised:
+        host.job("a man", args=(True, "none"))
+    assert str(host.folder) not in str(raised.value) and "embeddings" not in str(raised.value)
+    with pytest.raises(Exception, match="No prefix is chosen") as raised:
+        host.ours("library").load("", None)
+    assert str(host.folder) not in str(raised.value)
 
 
 def test_settings_and_default_on_switch_it_on(host: Host) -> None:
