@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from apl_core.errors import APLError, ConfigError
-from apl_train import cli_make
+from apl_train import cli_make, cli_miniworld
 from apl_train import config as configs
 
 COMMANDS = {
@@ -93,14 +93,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("file", type=Path, help="an embedding: .pt, .bin or .safetensors")
     p.add_argument("--out", type=Path, required=True, help="file to write")
     p.add_argument("--to", type=str, default=None, help="write for another tool: a1111, diffusers, kohya, forge-flux")
-    p = parsers["miniworld"]
-    p.add_argument("action", choices=["build", "card", "prefix", "figures"],
-                   help="build: from packages; card: measure the world; prefix: measure the shipped prefix; "
-                        "figures: sweeps")
-    p.add_argument("--work", type=Path, default=Path("runs/miniworld"), help="work folder of the build")
-    p.add_argument("--until", type=str, default="dataset", help="last stage of a build")
-    p.add_argument("--compiled", action="store_true", help="build: UNet through torch.compile (needs a C++ compiler)")
-    p.add_argument("--final", action="store_true", help="prefix: also on the persons kept out of every decision")
+    cli_miniworld.add_options(parsers["miniworld"])
     p = parsers["claims"]
     p.add_argument("--rerun", type=str, default=None, help="measure the claim with this id again")
     p.add_argument("--docs", action="store_true", help="bring the tables of figures in README and docs up to date")
@@ -250,25 +243,7 @@ def _run_convert(args: Namespace) -> None:
 
 
 def _run_miniworld(args: Namespace) -> None:
-    if args.action == "build":
-        from apl_train.miniworld.build import Build
-
-        Build(args.work, compiled=args.compiled).run(args.until)
-        _tell(args, {"work": str(args.work)}, "built")
-    elif args.action == "card":
-        from apl_train.miniworld.card import write_card
-
-        card, text = write_card()
-        _tell(args, card, text)
-    elif args.action == "prefix":
-        from apl_train.miniworld.card import write_prefix_scores
-
-        found, text = write_prefix_scores(final=args.final)
-        _tell(args, found, text)
-    else:
-        from apl_train.miniworld.figures import write_figures
-
-        _tell(args, {"files": [str(p) for p in write_figures()]}, "wrote the figures of docs/miniworld.md")
+    cli_miniworld.run(args, _tell)
 
 
 def _run_claims(args: Namespace) -> int:

@@ -229,6 +229,7 @@ def _score_split(persons: Sequence[PersonRecord], seen: Mapping[str, Observed], 
             # worst of k pictures: one recognised picture is enough to have the person
             "recognised_persons": _mean(np.array([p.max >= threshold.value for p in own])) if known else math.nan,
             "n_persons": len(persons), "n_images": len(seen[condition].counts),
+            "by_person": [float(p.mean) for p in own],
         }
         if condition != "off":
             table[condition]["ratio_to_off"] = _interval(id_scores.paired_bootstrap(scores["off"], own).ratio)

@@ -1,16 +1,20 @@
-"""Names of what ships with the project, as paths: "miniature" as a model, a dataset, a recogniser, an evaluation set.
+"""Names of what ships with the project, as paths: "miniature" as a dataset, a recogniser, an evaluation set, and as a
+model, where it has relatives.
 
 The only place outside `miniworld/` that knows where the miniature world lies; everything else takes paths.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from apl_core.errors import ConfigError
 
 ASSETS = Path(__file__).with_name("miniworld") / "assets"
 MINIATURE = "miniature"
+FAMILY = ("miniature-1.4", "miniature-realistic", "miniature-sdxl")
+"""Base models that ship as what they add to the miniature; the whole file is made at first use."""
 _SHIPPED = {
     "base_model": ASSETS / "model" / "miniature-sd1.safetensors",
     "s_id": ASSETS / "s_id",
@@ -19,6 +23,7 @@ _SHIPPED = {
     "recogniser": ASSETS / "faces" / "recogniser.json",
     "recogniser2": ASSETS / "faces" / "recogniser2.json",
     "attributes": ASSETS / "faces" / "attributes.json",
+    "captions": ASSETS / "captions.txt",
 }
 
 
@@ -28,6 +33,8 @@ def locate(kind: str, value: str) -> Path:
     Raises:
         ConfigError: the shipped file is not there (an incomplete installation).
     """
+    if kind == "base_model" and value in FAMILY:
+        return _assembled(value.removeprefix(f"{MINIATURE}-"))
     if value != MINIATURE:
         return Path(value).expanduser()
     path = _SHIPPED[kind]
@@ -35,6 +42,13 @@ def locate(kind: str, value: str) -> Path:
         raise ConfigError(f"{kind} is {value!r}, but {path.name} is not in this installation.",
                           "Install from a full clone, or make it with `apl miniworld build`.", field=kind)
     return path
+
+
+def _assembled(name: str) -> Path:
+    from apl_train.miniworld import relatives, sdxl_file
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apl" / "models"
+    return sdxl_file.sdxl_checkpoint(folder) if name == "sdxl" else relatives.relative_checkpoint(name, folder)
 
 
 def recogniser(value: str) -> str | Path:

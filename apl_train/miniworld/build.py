@@ -1,7 +1,7 @@
 """`apl miniworld build`: the whole miniature world from packages, stage by stage, each resumable.
 
     tokenizer -> pictures -> VAE -> text tower -> latents -> UNet -> recognisers, attribute and face models
-    -> export (three-format checkpoint, ONNX models, data) -> S_ID / S_Reg
+    -> export (three-format checkpoint, ONNX models, data) -> S_ID / S_Reg -> the miniature SDXL and two relatives
 
 A stage that is finished is skipped, one that was cut off goes on where it was. Needs node, two npm packages and
 three Python packages (`pip install ".[miniworld]"` in the checkout); hours on two cores.
@@ -44,7 +44,7 @@ class Lengths:
 
 
 STAGES = ("tokenizer", "pictures", "vae", "text", "latents", "unet", "text2", "unet_xl", "recogniser", "recogniser2",
-          "attributes", "presence", "export", "dataset")
+          "attributes", "presence", "export", "dataset", "family")
 
 
 class Build:
@@ -192,5 +192,7 @@ class Build:
                 export.write_all(self, assets)
             elif stage == "dataset":
                 export.write_dataset(self, assets)
+            elif stage == "family":
+                export.write_family(self, assets)
             else:
                 getattr(self, stage)

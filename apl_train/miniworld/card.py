@@ -39,11 +39,11 @@ def folder() -> Path:
 
 
 class Bench:
-    """The shipped model, persons and measuring models, loaded once."""
+    """A shipped model, persons and measuring models, loaded once."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, model: str = shipped.MINIATURE) -> None:
         self.cache = cache
-        self.backend = Backend.load(shipped.locate("base_model", shipped.MINIATURE))
+        self.backend = Backend.load(shipped.locate("base_model", model))
         self.people: EvaluationSet = read_evaluation_set(shipped.locate("persons", shipped.MINIATURE))
         self.embedder = load_embedder(shipped.recogniser(shipped.MINIATURE))
         self.second = load_embedder(shipped.recogniser(f"{shipped.MINIATURE}2"))

@@ -202,12 +202,34 @@ def write_neutral(build: Build, assets: Path) -> None:
     write_table(assets / "neutral.csv", ("prompt", "kind"), rows)
 
 
+def write_captions(build: Build, assets: Path, count: int = 4000) -> None:
+    """captions.txt: captions as training draws them. How often they use a token says how well its row was learned."""
+    import random
+
+    from apl_train.miniworld.denoiser import LATE, draw_rows
+
+    rows = draw_rows(build.pairs, random.Random(31), LATE, count)
+    texts = [build.tokenizer.decode(row[0]).strip() for row in rows]
+    write_text(assets / "captions.txt", "\n".join(texts) + "\n")
+
+
 def write_all(build: Build, assets: Path) -> None:
-    """Everything but the training sets, which the exported checkpoint generates itself."""
+    """Everything but the training sets, which the exported checkpoint generates itself, and the other models."""
     write_checkpoint(build, assets)
     write_faces(build, assets)
     write_people(build, assets)
     write_neutral(build, assets)
+    write_captions(build, assets)
+
+
+def write_family(build: Build, assets: Path) -> None:
+    """The miniature SDXL and the relatives of the miniature SD1, as what they add to it."""
+    from apl_train.miniworld import relatives, sdxl_file
+
+    unet, second = build.unet_xl
+    sdxl_file.write_parts(assets / "model_xl", unet, second)
+    for name in relatives.RECIPES:
+        relatives.write_relative(build, assets, name)
 
 
 def write_dataset(build: Build, assets: Path) -> None:

@@ -8,7 +8,6 @@ several checkpoints); `relative_checkpoint` makes the whole single file of it, w
 from __future__ import annotations
 
 import random
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,8 +114,8 @@ def apply_change(unet: nn.Module, path: Path) -> None:
         own[key].add_(whole.float().reshape(own[key].shape).to(own[key].dtype))
 
 
-def relative_checkpoint(name: str, folder: Path | None = None, assets: Path | None = None) -> Path:
-    """The whole single-file checkpoint of a relative, made once in `folder` (by default the temporary one).
+def relative_checkpoint(name: str, folder: Path, assets: Path | None = None) -> Path:
+    """The whole single-file checkpoint of a relative, made once in `folder`.
 
     Raises:
         ModelError: there is no such relative, or its file is missing.
@@ -132,7 +131,6 @@ def relative_checkpoint(name: str, folder: Path | None = None, assets: Path | No
         raise ModelError(f"{change} is missing.", "Get the repository again, or run `apl miniworld build`.",
                          field="relative")
     stamp = f"{change.stat().st_mtime_ns:x}"[-8:]
-    folder = folder or Path(tempfile.gettempdir()) / "apl-miniature"
     target = folder / f"miniature-{name}-{stamp}.safetensors"
     if not target.is_file():
         backend = Backend.load(source)

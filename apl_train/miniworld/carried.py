@@ -1,0 +1,159 @@
+"""`apl miniworld carry`: one prefix on other models, and carried over to another family (paper Table 1; sec. 3.5).
+
+Two questions, on persons of S_test at equal seeds. *Plug-and-play*: how much of the prefix's effect is kept on
+relatives of the model it was learned on, by the same file? *Transfer*: how much of the effect of a prefix learned on
+the miniature SDXL itself is reached by the SD1 prefix, carried over through the token tables alone, by every method
+and by its controls? What a prefix does is its drop, ID-ACC off less on; "kept" is a ratio of drops, with persons
+resampled in pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apl_core.atomic import write_json
+from apl_core.prefix import AnonymizationPrompt, load_prefix
+from apl_train import claims, shipped
+from apl_train.miniworld.card import PREFIX_NAME, Bench, folder
+
+RELATIVES = ("miniature-1.4", "miniature-realistic")
+SDXL, NATIVE = "miniature-sdxl", "anonymize-miniature-sdxl"
+METHODS = ("ridge", "ptfer", "half", "procrustes")
+RESAMPLES = 4000
+
+
+def kept(off: Sequence[float], on: Sequence[float], first_off: Sequence[float], first_on: Sequence[float], *,
+         relative: bool = False, seed: int = 0) -> tuple[float, list[float] | None]:
+    """Drop off - on as a share of the first one's, and its 95% interval over persons.
+
+    Args:
+        off, on, first_off, first_on: ID-ACC by person, in one order; a person without a face is NaN and left out.
+        relative: drops are first divided by the mean without a prefix, as two models know persons unequally well.
+    """
+    table = np.array([off, on, first_off, first_on], dtype=np.float64)
+    table = table[:, np.isfinite(table).all(0)]
+
+    def statistic(values: np.ndarray) -> np.ndarray:
+        a, b, c, d = values.mean(-1)
+        ours, theirs = a - b, c - d
+        return (ours / a) / (theirs / c) if relative else ours / theirs
+
+    if table.shape[1] < 2:
+        return math.nan, None
+    picks = np.random.default_rng(seed).integers(0, table.shape[1], size=(RESAMPLES, table.shape[1]))
+    lo, hi = np.percentile(statistic(table[:, picks]), (2.5, 97.5))
+    return float(statistic(table)), [float(lo), float(hi)]
+
+
+def nearest_tokens(vectors: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every vector replaced by the token nearest by cosine: what could be typed. Key to float [m, width]."""
+    out = {}
+    for key, rows in vectors.items():
+        table = tables[key].float()
+        found = torch.nn.functional.normalize(rows.float(), dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
+        out[key] = table[found.argmax(1)].clone()
+    return out
+
+
+def _row(scores: Mapping[str, Any], condition: str = "on") -> dict[str, Any]:
+    """What the table shows of one prefix on one model."""
+    test, moved = scores["persons"]["test"], scores["drift"]
+    row = {k: test[condition][k] for k in ("id_acc_mean", "id_acc_max", "ci95", "face_rate", "attr_acc", "by_person",
+                                           "n_persons", "n_images")}
+    return row | {f"drift_{kind}": moved[kind][condition] / moved[kind]["two_seeds"] for kind in moved
+                  if moved[kind].get(condition) is not None}
+
+
+def _scores(bench: Bench, prompt: Any, seeds: int, *conditions: str) -> dict[str, Any]:
+    return bench.evaluate(prompt, splits=("test",), conditions=("off", *conditions), seeds=seeds)
+
+
+def measure_relatives(cache: Path, seeds: int = 4, prefix: str = PREFIX_NAME) -> dict[str, Any]:
+    """The shipped prefix on the first miniature and on its relatives; writes the claims."""
+    prompt, rows = load_prefix(shipped.prefix_file(prefix)), {}
+    for model in (shipped.MINIATURE, *RELATIVES):
+        scores = _scores(Bench(cache, model), prompt, seeds, "on", "description")
+        rows[model] = {name: _row(scores, name) for name in ("off", "on", "description")}
+    first = rows[shipped.MINIATURE]
+    for model in RELATIVES:
+        own = rows[model]
+        value, interval = kept(own["off"]["by_person"], own["on"]["by_person"], first["off"]["by_person"],
+                               first["on"]["by_person"], relative=True)
+        own["kept"], own["kept_ci95"] = value, interval
+        claims.record({f"kept-{model.removeprefix('miniature-')}": (value, interval, own["on"]["n_persons"])})
+    return rows
+
+
+def carried_prefixes(prefix: str = PREFIX_NAME) -> dict[str, AnonymizationPrompt]:
+    """The SD1 prefix in the miniature SDXL's token spaces: by every method, and by the one chosen on held-out tokens.
+
+    Tokens weigh as often as the world's captions use them: most of its vocabulary was hardly trained.
+    """
+    from apl_core.token_tables import read_table, read_tables
+    from apl_core.transfer import TransferSettings, transfer
+    from apl_train.text import token_counts
+
+    prompt = load_prefix(shipped.prefix_file(prefix))
+    source = read_table(shipped.locate("base_model", shipped.MINIATURE))
+    targets = read_tables(shipped.locate("base_model", SDXL))
+    counts = token_counts(shipped.locate("captions", shipped.MINIATURE).read_text(encoding="utf-8").splitlines())
+    weights = torch.log1p(counts.float())
+    return {method: transfer(prompt, source, targets, TransferSettings(method=method, weights=weights)).prefix
+            for method in ("auto", *METHODS)}
+
+
+def measure_transfer(cache: Path, seeds: int = 4) -> dict[str, Any]:
+    """The miniature SDXL with its native prefix, with the carried one by every method, and with the controls."""
+    bench = Bench(cache, SDXL)
+    native = load_prefix(shipped.prefix_file(NATIVE))
+    tried: dict[str, Any] = {"native": native, **carried_prefixes()}
+    tables = {key: bench.backend.text.embedding_table(key) for key in native.tensors}
+    tried["nearest tokens"] = nearest_tokens(tried["auto"].tensors, tables)
+    first = _scores(bench, tried["auto"], seeds, "on", "random", "description")
+    rows = {name: _row(first, name) for name in ("off", "random", "description")} | {"auto": _row(first)}
+    for name, prompt in tried.items():
+        if name not in rows:
+            rows[name] = _row(_scores(bench, prompt, seeds, "on"))
+    off, best = rows["off"]["by_person"], rows["native"]["by_person"]
+    for name, row in rows.items():
+        if name != "off":
+            row["kept"], row["kept_ci95"] = kept(off, row["by_person"], off, best)
+    claims.record({"transfer-kept": (rows["auto"]["kept"], rows["auto"]["kept_ci95"], rows["auto"]["n_persons"])})
+    return rows
+
+
+def write_carried(cache: Path | None = None, only: Sequence[str] = ("relatives", "transfer")) -> tuple[dict, str]:
+    """Measures; writes benchmarks/carried.json and the claims. Returns (figures, a table for people)."""
+    path = folder() / "carried.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, measure in (("relatives", measure_relatives), ("transfer", measure_transfer)):
+        if name in only:
+            found[name] = measure(cache or Path("runs/cache"))
+            write_json(path, found)
+    return found, table(found)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """One line a model and prefix."""
+    lines = [f"{'':32}{'ID-ACC':>8} {'95% interval':>16} {'max':>7} {'Attr':>6} {'faces':>6} {'drift':>12} {'kept':>6}"]
+
+    def line(label: str, row: Mapping[str, Any]) -> str:
+        drifts = "/".join(f"{row[k]:.2f}" for k in ("drift_nonfaces", "drift_unnamed_faces") if row.get(k) is not None)
+        share = "" if row.get("kept") is None else f"{row['kept']:.2f}"
+        low, high = row["ci95"]
+        return (f"{label:32}{row['id_acc_mean']:8.3f} {f'{low:.3f} to {high:.3f}':>16} {row['id_acc_max']:7.3f} "
+                f"{row['attr_acc']:6.3f} {row['face_rate']:6.3f} {drifts:>12} {share:>6}")
+
+    for model, rows in found.get("relatives", {}).items():
+        shares = {"on": {"kept": rows.get("kept")}}
+        lines += [line(f"{model} {name}", rows[name] | shares.get(name, {})) for name in ("off", "on", "description")]
+    lines += [line(f"{SDXL} {name}", row) for name, row in found.get("transfer", {}).items()]
+    return "\n".join(lines)
