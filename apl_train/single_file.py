@@ -10,7 +10,7 @@ names here is held to those converters by a round trip. Layout of the file:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ _TEXT_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "projection_dim"
               "eos_token_id", "pad_token_id")
 
 
-def _put(out: dict[str, Tensor], module: nn.Module, name: str, renamed: Mapping[str, str] | None = None) -> None:
+def put(out: dict[str, Tensor], module: nn.Module, name: str, renamed: Mapping[str, str] | None = None) -> None:
     """Adds the module's tensors under `name`, with the parts of their own names in `renamed` replaced."""
     for key, value in module.state_dict().items():
         part, _, leaf = key.rpartition(".")
@@ -39,17 +39,18 @@ def _put(out: dict[str, Tensor], module: nn.Module, name: str, renamed: Mapping[
 
 def _put_block(out: dict[str, Tensor], name: str, resnet: nn.Module, attentions: Any, j: int) -> int:
     """One input or output block of the UNet; returns the place of its next part."""
-    _put(out, resnet, f"{name}.0", _RESNET)
+    put(out, resnet, f"{name}.0", _RESNET)
     if attentions is None:
         return 1
-    _put(out, attentions[j], f"{name}.1")
+    put(out, attentions[j], f"{name}.1")
     return 2
 
 
-def _unet_to_ldm(unet: nn.Module) -> dict[str, Tensor]:
+def unet_to_ldm(unet: nn.Module) -> dict[str, Tensor]:
+    """The UNet's weights by LDM name; size and class embeddings have none here."""
     out: dict[str, Tensor] = {}
-    _put(out, unet.time_embedding, "time_embed", {"linear_1": "0", "linear_2": "2"})
-    _put(out, unet.conv_in, "input_blocks.0.0")
+    put(out, unet.time_embedding, "time_embed", {"linear_1": "0", "linear_2": "2"})
+    put(out, unet.conv_in, "input_blocks.0.0")
     i = 0
     for block in unet.down_blocks:
         for j, resnet in enumerate(block.resnets):
@@ -57,51 +58,52 @@ def _unet_to_ldm(unet: nn.Module) -> dict[str, Tensor]:
             _put_block(out, f"input_blocks.{i}", resnet, getattr(block, "attentions", None), j)
         if block.downsamplers:
             i += 1
-            _put(out, block.downsamplers[0].conv, f"input_blocks.{i}.0.op")
+            put(out, block.downsamplers[0].conv, f"input_blocks.{i}.0.op")
     first, last = unet.mid_block.resnets
-    _put(out, first, "middle_block.0", _RESNET)
-    _put(out, unet.mid_block.attentions[0], "middle_block.1")
-    _put(out, last, "middle_block.2", _RESNET)
+    put(out, first, "middle_block.0", _RESNET)
+    put(out, unet.mid_block.attentions[0], "middle_block.1")
+    put(out, last, "middle_block.2", _RESNET)
     i = -1
     for block in unet.up_blocks:
         for j, resnet in enumerate(block.resnets):
             i += 1
             place = _put_block(out, f"output_blocks.{i}", resnet, getattr(block, "attentions", None), j)
         if block.upsamplers:
-            _put(out, block.upsamplers[0].conv, f"output_blocks.{i}.{place}.conv")
-    _put(out, unet.conv_norm_out, "out.0")
-    _put(out, unet.conv_out, "out.2")
+            put(out, block.upsamplers[0].conv, f"output_blocks.{i}.{place}.conv")
+    put(out, unet.conv_norm_out, "out.0")
+    put(out, unet.conv_out, "out.2")
     return out
 
 
 def _put_vae_mid(out: dict[str, Tensor], block: nn.Module, name: str) -> None:
     for k, resnet in enumerate(block.resnets):
-        _put(out, resnet, f"{name}.block_{k + 1}", {"conv_shortcut": "nin_shortcut"})
+        put(out, resnet, f"{name}.block_{k + 1}", {"conv_shortcut": "nin_shortcut"})
     attention: dict[str, Tensor] = {}
-    _put(attention, block.attentions[0], f"{name}.attn_1", _VAE_ATTENTION)
+    put(attention, block.attentions[0], f"{name}.attn_1", _VAE_ATTENTION)
     # LDM's attention is made of 1x1 convolutions, diffusers' of linear layers
     out |= {key: value[:, :, None, None] if value.ndim == 2 else value for key, value in attention.items()}
 
 
-def _vae_to_ldm(vae: nn.Module) -> dict[str, Tensor]:
+def vae_to_ldm(vae: nn.Module) -> dict[str, Tensor]:
+    """The VAE's weights by LDM name."""
     out: dict[str, Tensor] = {}
     for side, half, blocks in (("encoder", vae.encoder, vae.encoder.down_blocks),
                                ("decoder", vae.decoder, vae.decoder.up_blocks)):
-        _put(out, half.conv_in, f"{side}.conv_in")
+        put(out, half.conv_in, f"{side}.conv_in")
         for i, block in enumerate(blocks):
             # LDM counts the decoder's levels from the finest, diffusers from the coarsest
             name = f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{len(blocks) - 1 - i}"
             for j, resnet in enumerate(block.resnets):
-                _put(out, resnet, f"{name}.block.{j}", {"conv_shortcut": "nin_shortcut"})
+                put(out, resnet, f"{name}.block.{j}", {"conv_shortcut": "nin_shortcut"})
             if side == "encoder" and block.downsamplers:
-                _put(out, block.downsamplers[0].conv, f"{name}.downsample.conv")
+                put(out, block.downsamplers[0].conv, f"{name}.downsample.conv")
             if side == "decoder" and block.upsamplers:
-                _put(out, block.upsamplers[0].conv, f"{name}.upsample.conv")
+                put(out, block.upsamplers[0].conv, f"{name}.upsample.conv")
         _put_vae_mid(out, half.mid_block, f"{side}.mid")
-        _put(out, half.conv_norm_out, f"{side}.norm_out")
-        _put(out, half.conv_out, f"{side}.conv_out")
-    _put(out, vae.quant_conv, "quant_conv")
-    _put(out, vae.post_quant_conv, "post_quant_conv")
+        put(out, half.conv_norm_out, f"{side}.norm_out")
+        put(out, half.conv_out, f"{side}.conv_out")
+    put(out, vae.quant_conv, "quant_conv")
+    put(out, vae.post_quant_conv, "post_quant_conv")
     return out
 
 
@@ -116,29 +118,32 @@ def to_ldm(unet: nn.Module, vae: nn.Module, text_encoder: nn.Module) -> dict[str
     Raises:
         ModelError: a module is of another kind, so that some of its tensors have no LDM name.
     """
+    return {**part(UNET, unet_to_ldm, unet, "UNet"), **part(VAE, vae_to_ldm, vae, "VAE"),
+            **part(TEXT, text_to_ldm, text_encoder, "text encoder")}
+
+
+def text_to_ldm(text_encoder: nn.Module) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights by transformers' names below `text_model`."""
     clip = getattr(text_encoder, "text_model", text_encoder)  # transformers 5 flattened CLIPTextModel
-    text = {key: value.detach() for key, value in clip.state_dict().items() if not key.endswith("position_ids")}
-    parts = ((UNET, unet, _converted(_unet_to_ldm, unet, "UNet")), (VAE, vae, _converted(_vae_to_ldm, vae, "VAE")),
-             (TEXT, text, text))
-    tensors: dict[str, Tensor] = {}
-    for start, module, part in parts:
-        expected = len(module if isinstance(module, dict) else module.state_dict())
-        if len(part) != expected:
-            raise ModelError(
-                f"{expected - len(part)} of {expected} tensors of {type(module).__name__} have no LDM name.",
-                "Use a model of Stable Diffusion 1's kind.", field=start.rstrip("."),
-            )
-        tensors |= {start + key: value for key, value in part.items()}
-    return tensors
+    return {key: value.detach() for key, value in clip.state_dict().items() if not key.endswith("position_ids")}
 
 
-def _converted(convert: Any, module: nn.Module, label: str) -> dict[str, Tensor]:
+def part(start: str, convert: Callable[[Any], dict[str, Tensor]], module: nn.Module, label: str,
+         kind: str = "Stable Diffusion 1") -> dict[str, Tensor]:
+    """What `convert` makes of a module, under `start`. Raises ModelError where a tensor has no name there."""
     try:
-        return convert(module)
+        found = convert(module)
     except (AttributeError, ValueError, TypeError) as error:
         raise ModelError(
-            f"This {label} is not of Stable Diffusion 1's kind: {error}.", "Use such a model.", field=label.lower()
+            f"This {label} is not of {kind}'s kind: {error}.", "Use such a model.", field=label.lower()
         ) from error
+    expected = sum(not key.endswith("position_ids") for key in module.state_dict())
+    if len(found) != expected:
+        raise ModelError(
+            f"{expected - len(found)} of {expected} tensors of {type(module).__name__} have no LDM name.",
+            f"Use a model of {kind}'s kind.", field=start.rstrip("."),
+        )
+    return {start + key: value for key, value in found.items()}
 
 
 def ldm_config(unet: nn.Module, vae: nn.Module, text_encoder: nn.Module, *, beta_start: float = 0.00085,
@@ -151,16 +156,7 @@ def ldm_config(unet: nn.Module, vae: nn.Module, text_encoder: nn.Module, *, beta
     Raises:
         ModelError: the widths are no whole multiples of the first one, or up and down blocks do not mirror.
     """
-    widths = {"unet": list(unet.config.block_out_channels), "vae": list(vae.config.block_out_channels)}
-    for name, channels in widths.items():
-        if any(c % channels[0] for c in channels):
-            raise ModelError(f"{name}.block_out_channels is {channels}.", "LDM needs whole multiples of the first.",
-                             field="block_out_channels")
-    attended = [hasattr(block, "attentions") for block in unet.down_blocks]
-    if attended != [hasattr(block, "attentions") for block in unet.up_blocks][::-1]:
-        raise ModelError("The UNet's up blocks do not mirror its down blocks.", "Use the same block types in both.",
-                         field="up_block_types")
-    text = {key: getattr(text_encoder.config, key) for key in _TEXT_KEYS}
+    text = text_settings(text_encoder)
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
         "linear_start": beta_start,
         "linear_end": beta_end,
@@ -174,12 +170,7 @@ def ldm_config(unet: nn.Module, vae: nn.Module, text_encoder: nn.Module, *, beta
         "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {
             "image_size": unet.config.sample_size,
-            "in_channels": unet.config.in_channels,
-            "out_channels": unet.config.out_channels,
-            "model_channels": widths["unet"][0],
-            "attention_resolutions": [2**i for i, has in enumerate(attended) if has],
-            "num_res_blocks": unet.config.layers_per_block,
-            "channel_mult": [c // widths["unet"][0] for c in widths["unet"]],
+            **unet_params(unet),
             # diffusers calls SD1's number of heads attention_head_dim
             "num_heads": unet.config.attention_head_dim,
             "use_spatial_transformer": True,
@@ -187,20 +178,48 @@ def ldm_config(unet: nn.Module, vae: nn.Module, text_encoder: nn.Module, *, beta
             "context_dim": unet.config.cross_attention_dim,
             "legacy": False,
         }},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
-            "embed_dim": vae.config.latent_channels,
-            "ddconfig": {
-                "double_z": True,
-                "z_channels": vae.config.latent_channels,
-                "resolution": unet.config.sample_size * 2 ** (len(widths["vae"]) - 1),
-                "in_channels": vae.config.in_channels,
-                "out_ch": vae.config.out_channels,
-                "ch": widths["vae"][0],
-                "ch_mult": [c // widths["vae"][0] for c in widths["vae"]],
-                "num_res_blocks": vae.config.layers_per_block,
-                "attn_resolutions": [],
-            },
-            "lossconfig": {"target": "torch.nn.Identity"},
-        }},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": vae_params(unet, vae)},
         "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "text_config": text},
     }}}
+
+
+def text_settings(text_encoder: nn.Module) -> dict[str, Any]:
+    """What a yaml has to say of a CLIP text encoder, as transformers' settings."""
+    return {key: getattr(text_encoder.config, key) for key in _TEXT_KEYS}
+
+
+def _multiples(name: str, module: nn.Module) -> tuple[int, list[int]]:
+    """(width of the first level, the others as its multiples). Raises ModelError."""
+    channels = list(module.config.block_out_channels)
+    if any(c % channels[0] for c in channels):
+        raise ModelError(f"{name}.block_out_channels is {channels}.", "LDM needs whole multiples of the first.",
+                         field="block_out_channels")
+    return channels[0], [c // channels[0] for c in channels]
+
+
+def unet_params(unet: nn.Module) -> dict[str, Any]:
+    """LDM's settings of a UNet's levels. Raises ModelError where LDM has no words for them."""
+    first, multiples = _multiples("unet", unet)
+    attended = [hasattr(block, "attentions") for block in unet.down_blocks]
+    if attended != [hasattr(block, "attentions") for block in unet.up_blocks][::-1]:
+        raise ModelError("The UNet's up blocks do not mirror its down blocks.", "Use the same block types in both.",
+                         field="up_block_types")
+    return {"in_channels": unet.config.in_channels, "out_channels": unet.config.out_channels, "model_channels": first,
+            "attention_resolutions": [2**i for i, has in enumerate(attended) if has],
+            "num_res_blocks": unet.config.layers_per_block, "channel_mult": multiples}
+
+
+def vae_params(unet: nn.Module, vae: nn.Module) -> dict[str, Any]:
+    """LDM's settings of a VAE beside this UNet. Raises ModelError."""
+    first, multiples = _multiples("vae", vae)
+    return {"embed_dim": vae.config.latent_channels, "ddconfig": {
+        "double_z": True,
+        "z_channels": vae.config.latent_channels,
+        "resolution": unet.config.sample_size * 2 ** (len(multiples) - 1),
+        "in_channels": vae.config.in_channels,
+        "out_ch": vae.config.out_channels,
+        "ch": first,
+        "ch_mult": multiples,
+        "num_res_blocks": vae.config.layers_per_block,
+        "attn_resolutions": [],
+    }, "lossconfig": {"target": "torch.nn.Identity"}}

@@ -66,6 +66,22 @@ def unet(seed: int = 1, width: int = 32, channels: tuple[int, ...] = (32, 64), *
         "block_out_channels": channels, "attention_head_dim": 4, "norm_num_groups": 32} | changes), 0.02)
 
 
+def unet_xl(seed: int = 1, width: int = 80, pooled: int = 40, channels: tuple[int, ...] = (32, 64),
+            **changes: Any) -> Any:
+    """A UNet2DConditionModel of SDXL's kind for 8x8 latents: attention at the lower level, linear projections."""
+    n, sizes = len(channels), 16
+    return unet(seed, width, channels, **{
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * (n - 1)],
+        "up_block_types": [*["CrossAttnUpBlock2D"] * (n - 1), "UpBlock2D"],
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": sizes,
+        "projection_class_embeddings_input_dim": pooled + 6 * sizes} | changes)
+
+
+def models_xl() -> tuple[Any, Any, Any, Any]:
+    """(UNet, VAE, CLIP-L, CLIP-G) of SDXL's kind: 32 and 48 wide, 40 pooled features."""
+    return unet_xl(), vae(), text_encoder(5), text_encoder(6, 48, 4, 6, "gelu", projection=40)
+
+
 def vae(seed: int = 2, channels: tuple[int, ...] = (32, 32, 64, 32), layers: int = 1) -> Any:
     """An AutoencoderKL of SD1's kind: f = 8, 4 latent channels."""
     from diffusers import AutoencoderKL
