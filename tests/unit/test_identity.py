@@ -330,3 +330,24 @@ def test_a_pack_without_detector_is_refused(tmp_path: Path) -> None:
     (tmp_path / "models/tinypack/det.onnx").unlink()
     with pytest.raises(ScoreError, match="cannot be loaded"):
         identity.load_embedder("tinypack", tmp_path)
+
+
+def test_pictures_side_by_side_equal_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    pack(tmp_path, [(300, 300, 360, 360, 0.9), (100, 120, 560, 540, 0.7)])
+    embedder = identity.load_embedder("tinypack", tmp_path)
+    images = list(pictures(7, 640, seed=9))
+    together = embedder.faces_of(images)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = [identity.load_embedder("tinypack", tmp_path).faces(image) for image in images]
+    for a, b in zip(together, alone, strict=True):
+        assert [face.box for face in a] == [face.box for face in b]
+        assert np.stack([f.embedding for f in a]) == pytest.approx(np.stack([f.embedding for f in b]), abs=1e-6)
+
+
+def test_the_detector_and_its_size_are_recorded(tmp_path: Path) -> None:
+    pack(tmp_path, [])
+    embedder = identity.load_embedder("tinypack", tmp_path, det_size=320, det_threshold=0.4)
+    detector = hashlib.sha256((tmp_path / "models/tinypack/det.onnx").read_bytes()).hexdigest()
+    assert embedder.settings == {"detector": detector, "det_size": 320, "det_threshold": 0.4}
+    assert embedder._detector.input_sizes == [(320, 320)]  # never insightface's "Auto" of two sizes
