@@ -24,6 +24,7 @@ from apl_train.processes import Processes, this_process
 from apl_train.samples import TrainingSet
 from apl_train.shards import SIZE, Progress, Rows, ShardStore, fingerprint
 from apl_train.state import seed_of, step_generator
+from apl_train.timesteps import apart, bins_of, chances, separability, tuple_weights
 
 VERSION = 1
 _PASS = 8 * 64 * 64
@@ -56,6 +57,8 @@ def draw_rows(data: TrainingSet, config: TrainConfig, g: torch.Generator, count:
     exact = share * count
     n_id = int(exact) + int(torch.rand((), generator=g) < exact - int(exact))
     pools = [data.id_rows] * n_id
+    if len(data.pseudo_rows):
+        pools = [data.pseudo_rows if float(torch.rand((), generator=g)) < config.pseudo_share else p for p in pools]
     kinds = [p for p in (data.face_rows, data.nonface_rows) if len(p)]
     for k in range(count - n_id):
         pools.append(kinds[(k + int(torch.randint(len(kinds), (), generator=g))) % len(kinds)])
@@ -65,6 +68,17 @@ def draw_rows(data: TrainingSet, config: TrainConfig, g: torch.Generator, count:
 def draw_times(config: TrainConfig, g: torch.Generator, count: int) -> Tensor:
     """Timesteps, uniform over [low_t, high_t] (paper: uniform over all): int64 [count]."""
     return torch.randint(config.low_t, config.high_t + 1, (count,), generator=g)
+
+
+def draw_scales(config: TrainConfig, step: int, count: int) -> Tensor:
+    """Guidance scales of a step's samples, float32 [count]: 1, or uniform over [guided_low, guided_high] for a share.
+
+    From a generator of its own: the pictures, timesteps and noise of a step do not change when this is switched on.
+    """
+    g = step_generator(seed_of("apl-guidance", config.seed), step)
+    chosen, place = torch.rand(2, count, generator=g)
+    scales = config.guided_low + place * (config.guided_high - config.guided_low)
+    return torch.where(chosen < config.guided_share, scales, torch.ones(count))
 
 
 class Targets(Protocol):
@@ -134,12 +148,24 @@ class TargetBank:
         allowed = set(data.id_rows.tolist())
         rows = self._rows.tolist()
         kinds = [data.kinds[r] for r in rows]
-        self._pools = {k: every[[kind == k for kind in kinds]] for k in ("face", "nonface")}
+        self._pools = {k: every[[kind == k for kind in kinds]] for k in ("face", "nonface", "pseudo")}
         self._pools["id"] = every[[kind == "id" and r in allowed for kind, r in zip(kinds, rows, strict=True)]]
-        for row in {r for pool in (data.id_rows, data.face_rows, data.nonface_rows) for r in pool.tolist()[:1]}:
-            if not len(self._pools[data.kinds[row]]) and (data.kinds[row] == "id" or not config.no_reg):
+        for pool in (data.id_rows, data.pseudo_rows, data.face_rows, data.nonface_rows):
+            kind = data.kinds[int(pool[0])] if len(pool) else ""
+            if kind and not len(self._pools[kind]) and (kind in ("id", "pseudo") or not config.no_reg):
                 raise ConfigError(f"A bank of {size} tuples is too small to hold one of each kind.",
                                   "Use 1000 or more.", field="bank")
+        self._weights = self._by_separability() if config.timesteps == "separability" else None
+
+    def _by_separability(self) -> dict[str, Tensor]:
+        """Weight of every tuple of each pool: timesteps at which S_ID's two targets differ are drawn more often."""
+        bins = bins_of(self._t, self._config.low_t, self._config.high_t)
+        of_id = self._pools["id"]
+        # in parts: a full-size model's bank is larger than memory should be
+        distances = torch.cat([apart(*(self._tuples.take(name, some) for name in ("eps_c1", "eps_c2")))
+                               for some in of_id.split(64)])
+        chance = chances(separability(bins[of_id], distances), self._config.time_floor)
+        return {kind: tuple_weights(bins[pool], chance) for kind, pool in self._pools.items() if len(pool)}
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         shape = self._data.latents.shape[1:]
@@ -152,6 +178,8 @@ class TargetBank:
         # half S_ID, half S_Reg whatever a run's own share is; every person of S_ID, whatever a run's subset is
         pools = [self._data.every_id_row if i % 2 else (self._data.face_rows, self._data.nonface_rows)[i // 2 % 2]
                  for i in range(count)]
+        if len(self._data.pseudo_rows):  # a quarter of S_ID's half
+            pools = [self._data.pseudo_rows if i % 8 == 1 else p for i, p in enumerate(pools)]
         pools = [p if len(p) else self._data.every_id_row for p in pools]
         rows = torch.tensor([int(p[int(torch.randint(len(p), (), generator=g))]) for p in pools])
         t = draw_times(self._config, g, count)
@@ -168,8 +196,11 @@ class TargetBank:
         wanted = draw_rows(self._data, self._config, g, self._config.batch_size)
         picks = []
         for row in wanted.tolist():
-            pool = self._pools[self._data.kinds[row]]
-            picks.append(int(pool[int(torch.randint(len(pool), (), generator=g))]))
+            kind = self._data.kinds[row]
+            pool = self._pools[kind]
+            at = (torch.randint(len(pool), (), generator=g) if self._weights is None
+                  else torch.multinomial(self._weights[kind], 1, generator=g))
+            picks.append(int(pool[int(at)]))
         pick = torch.tensor(self._processes.share(picks))
         rows, t = self._rows[pick], self._t[pick]
         x_t = add_noise(self._data.latents[rows], self._noise(self._seeds[pick].tolist()), t, self._backend.alphas_bar)

@@ -64,7 +64,8 @@ class TrainConfig:
     persons: int | None = None
     """Train on the first so many persons of S_ID (Fig. 8); all when not given."""
     init: str = "vocabulary"
-    """Start of the vectors: "vocabulary" (random tokens' embeddings) or "text" (tokens of `init_text`, repeated)."""
+    """Start of the vectors: "vocabulary" (random tokens' embeddings), "text" (tokens of `init_text`, repeated) or
+    "uniform" (numbers from 0 to 1, off the tokens' manifold, as in the paper's released code)."""
     init_text: str = "a photo of some person"
     """Words to start from when `init` is "text"."""
     low_t: int = 0
@@ -73,6 +74,29 @@ class TrainConfig:
     """Highest timestep drawn."""
     bank: int = 0
     """Size of the target bank: tuples (picture, timestep, noise) with stored targets, shared by all runs; 0 = none."""
+    placement: str = "prefix"
+    """Where the vectors stand: "prefix" (paper sec. 3.3), "suffix" (behind the words, which a causal encoder lets them
+    see) or "both" (half ahead, half behind; the same token budget)."""
+    timesteps: str = "uniform"
+    """How timesteps are drawn: "uniform" (paper) or "separability": more often where eps(c1) and eps(c2) differ, as the
+    bank says (needs `bank`; SDErasure picks steps so)."""
+    time_floor: float = 0.3
+    """Share of timesteps that stay uniform when they are drawn by separability."""
+    guided_share: float = 0.0
+    """Share of S_ID samples judged as guidance will use them: the push away from c1 is then not multiplied by it."""
+    guided_low: float = 3.0
+    """Lowest guidance scale of those samples (Stable Diffusion is used at 3 to 12)."""
+    guided_high: float = 12.0
+    """Highest guidance scale of those samples."""
+    name_noise: float = 0.0
+    """Share of S_ID samples whose name is written in another way: case, typing errors, hyphens, spaced letters,
+    accents, look-alike letters (Struppek et al. 2022), surname, initials. The target stays that of the clean name."""
+    pseudo: str = ""
+    """Folder of pseudo-identities (`apl pseudo`): fictional faces bound to new words, as DreamBooth binds them."""
+    pseudo_share: float = 0.25
+    """Share of pseudo-identities among the samples of S_ID, where there are any."""
+    second_model: str = ""
+    """Another base model of this family, such as a fine-tune: steps take turns between the two."""
     levels_every: int = 2000
     """Optimizer steps between saved levels (paper Fig. 6); each is a complete prefix file. 0 = none."""
     save_every: int = 200
@@ -89,19 +113,26 @@ class TrainConfig:
         for field, low, high in whole:
             _check(field, getattr(self, field), int, low, high)
         for field, low, high in (("alpha", -10.0, 100.0), ("learning_rate", 1e-8, 10.0), ("id_share", 0.0, 1.0),
-                                 ("reg_weight", 0.0, 1000.0)):
+                                 ("reg_weight", 0.0, 1000.0), ("time_floor", 0.0, 1.0), ("guided_share", 0.0, 1.0),
+                                 ("guided_low", 1.0, 100.0), ("guided_high", 1.0, 100.0), ("name_noise", 0.0, 1.0),
+                                 ("pseudo_share", 0.0, 1.0)):
             _check(field, getattr(self, field), float, low, high)
         if self.persons is not None:
             _check("persons", self.persons, int, 1, 1_000_000)
-        for field, allowed in (("schedule", ("constant", "cosine")), ("init", ("vocabulary", "text")),
+        for field, allowed in (("schedule", ("constant", "cosine")), ("init", ("vocabulary", "text", "uniform")),
+                               ("placement", ("prefix", "suffix", "both")), ("timesteps", ("uniform", "separability")),
                                ("dtype", ("fp32", "bf16", "fp16")), ("offload", ("none", "vae", "all"))):
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}.", f"Use one of: {', '.join(allowed)}.",
                                   field=field)
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device is {self.device!r}.", "Use one of: auto, cpu, cuda, mps.", field="device")
-        if self.low_t > self.high_t:
-            raise ConfigError(f"low_t is {self.low_t}, above high_t {self.high_t}.", "Swap the two.", field="low_t")
+        for low, high in (("low_t", "high_t"), ("guided_low", "guided_high")):
+            if (a := getattr(self, low)) > (b := getattr(self, high)):
+                raise ConfigError(f"{low} is {a}, above {high} {b}.", "Swap the two.", field=low)
+        if self.timesteps == "separability" and not self.bank:
+            raise ConfigError("timesteps is 'separability', but there is no bank to tell it from.",
+                              "Set bank to 1000 or more, or timesteps to uniform.", field="timesteps")
         if self.no_reg and self.id_share == 0:
             raise ConfigError("no_reg with id_share 0 leaves nothing to train on.", "Raise id_share.", field="id_share")
 

@@ -11,12 +11,25 @@ import torch
 from torch import Tensor
 
 
-def anonymized_target(eps_c1: Tensor, eps_c2: Tensor, alpha: float) -> Tensor:
+def anonymized_target(eps_c1: Tensor, eps_c2: Tensor, alpha: float | Tensor) -> Tensor:
     """Equation 5: eps(c2) + alpha (eps(c2) - eps(c1)), the composed score of "c2 and not c1" (equation 4).
 
-    For a sample of S_Reg c1 = c2 and the target is eps(c) whatever alpha is.
+    For a sample of S_Reg c1 = c2 and the target is eps(c) whatever alpha is. At alpha = -1 it is eps(c1): nothing is to
+    change, and every sample is one of L_Reg (a null prefix). alpha: one number, or one a sample, float [N].
     """
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(eps_c2).view(-1, 1, 1, 1)
     return eps_c2 + alpha * (eps_c2 - eps_c1)
+
+
+def guided_alpha(alpha: float, scales: Tensor) -> Tensor:
+    """alpha of samples that guidance of these scales will multiply: alpha / s, float [N].
+
+    Sampling uses eps(u) + s (eps - eps(u)). What it should give is eps(u) + s (eps(c2) - eps(u)), guided towards c2,
+    with equation 5's push alpha (eps(c2) - eps(c1)) once, not s times. The squared distance of the two, over s^2 so
+    that no scale outweighs another, is equation 6 with alpha / s: eps(u) stands on both sides and need not be computed.
+    """
+    return alpha / scales
 
 
 def squared_error(eps_ap: Tensor, target: Tensor) -> Tensor:
@@ -24,7 +37,7 @@ def squared_error(eps_ap: Tensor, target: Tensor) -> Tensor:
     return (eps_ap.float() - target.detach().float()).square().flatten(1).mean(1)
 
 
-def id_loss(eps_ap: Tensor, eps_c1: Tensor, eps_c2: Tensor, alpha: float) -> Tensor:
+def id_loss(eps_ap: Tensor, eps_c1: Tensor, eps_c2: Tensor, alpha: float | Tensor) -> Tensor:
     """Equation 6, L_ID of each sample of S_ID: float32 [N]."""
     return squared_error(eps_ap, anonymized_target(eps_c1, eps_c2, alpha))
 

@@ -7,6 +7,7 @@ are added; where they stand is `apl_core.placement.plan`'s business alone. trans
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,7 @@ class TextStack:
                                  "Name them as prefix files do.", field=name)
         self.family = family
         self._known: dict[tuple[str, str], list[int]] = {}
+        self._words: dict[str, list[int]] = {}
         self.tokenizers = {key: tokenizers[key] for key in keys}
         self.encoders = {key: encoders[key].eval().requires_grad_(False) for key in keys}
         for key, encoder in self.encoders.items():
@@ -137,9 +139,34 @@ class TextStack:
         first = next(iter(self.tokenizers))
         self._known |= {(text, first): list(of_text) for text, of_text in ids.items()}
 
+    def learn(self, words: Mapping[str, Tensor]) -> None:
+        """New words with vectors of their own, such as textual inversion finds; known ones are left as they are.
+
+        words: such as "<face-1a2b3c4d>", to float [k, width] in token-embedding space; k tokens stand for the word.
+
+        Raises:
+            ModelError: the model has several text encoders. PrefixFileError: the vectors have another width.
+        """
+        table = self.embedding_table()
+        embedding = next(iter(self.encoders.values())).get_input_embeddings()
+        for word, vectors in words.items():
+            if word in self._words:
+                continue
+            if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
+                raise PrefixFileError(f"The vectors of {word} are {list(vectors.shape)}; the model's are "
+                                      f"{table.shape[1]} wide.", "Learn the word on this model.", field="words")
+            table = torch.cat([table.detach(), vectors.detach().to(table)])
+            self._words[word] = list(range(len(table) - len(vectors), len(table)))
+        embedding.weight = nn.Parameter(table, requires_grad=False)
+        embedding.num_embeddings = len(table)
+
     def _ids(self, text: str, key: str) -> list[int]:
         if (known := self._known.get((text, key))) is not None:
             return list(known)
+        if self._words:
+            parts = re.split(f"({'|'.join(map(re.escape, self._words))})", text)
+            if len(parts) > 1:
+                return [i for part in parts if part.strip() for i in self._words.get(part) or self._ids(part, key)]
         # verbose=False: a prompt of several chunks is no reason for the tokenizer's warning about its length
         return list(self.tokenizers[key](text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from apl_core.library import safe_name
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
 from apl_train.backend import Backend
-from apl_train.bank import FreshTargets, TargetBank, Targets
+from apl_train.bank import Batch, FreshTargets, TargetBank, Targets, draw_scales
 from apl_train.config import TrainConfig, from_dict
 from apl_train.events import EventLog
-from apl_train.losses import apl_loss, id_loss, reg_loss
+from apl_train.losses import apl_loss, guided_alpha, id_loss, reg_loss
 from apl_train.processes import Processes, ProcessLost, this_process
 from apl_train.samples import TrainingSet
 from apl_train.state import TrainState, load_state, save_state, seed_of
+from apl_train.surface import disturb
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -39,9 +42,12 @@ Listener = Callable[[dict[str, Any]], None]
 def initial_vectors(backend: Backend, config: TrainConfig) -> dict[str, Tensor]:
     """[AP] = [V_1]...[V_m] before training (equation 2), on the token manifold: float32 [m, width] for each encoder.
 
-    "vocabulary": embeddings of m random whole words; "text": embeddings of the tokens of `init_text`, repeated to m.
+    "vocabulary": embeddings of m random whole words; "text": embeddings of the tokens of `init_text`, repeated to m;
+    "uniform": numbers from 0 to 1, as the released code starts, far off the manifold.
     """
     g = torch.Generator().manual_seed(seed_of("apl-init", config.seed))
+    if config.init == "uniform":
+        return {key: torch.rand(config.num_tokens, width, generator=g) for key, width in backend.text.widths.items()}
     if config.init == "text":
         tokens = backend.text.tokenize(config.init_text)
         if not tokens:
@@ -53,12 +59,25 @@ def initial_vectors(backend: Backend, config: TrainConfig) -> dict[str, Tensor]:
     return {key: backend.text.embedding_table(key)[ids].detach().float().clone() for key in backend.text.widths}
 
 
+@dataclass(frozen=True)
+class Course:
+    """One base model with the sets as it sees them, and the targets it gives."""
+
+    backend: Backend
+    data: TrainingSet
+    targets: Targets
+
+
 class Trainer:
-    """One training in one run folder. Raises ConfigError for settings that do not fit the data or the model."""
+    """One training in one run folder. Raises ConfigError for settings that do not fit the data or the model.
+
+    second: another base model with its sets; odd steps then learn on it (field study, section 8: joint training).
+    """
 
     def __init__(self, backend: Backend, data: TrainingSet, config: TrainConfig, run: Path, *,
                  cache: Path | None = None, listener: Listener | None = None, stop: Callable[[], bool] | None = None,
-                 progress: Callable[[int, int], None] | None = None, processes: Processes | None = None) -> None:
+                 progress: Callable[[int, int], None] | None = None, processes: Processes | None = None,
+                 second: tuple[Backend, TrainingSet] | None = None) -> None:
         safe_name(config.name)
         self.backend, self.data, self.config, self.run = backend, data, config, run
         self.processes = processes or this_process()
@@ -67,12 +86,20 @@ class Trainer:
                               f"Set batch_size to {self.processes.count} or a multiple: it is that of all together.",
                               field="batch_size")
         self._listener, self._stop, self._asked = listener, stop or (lambda: False), False
-        self._targets: Targets = (
-            TargetBank(backend, data, config, cache or run / "cache", progress=progress, stop=stop,
-                       processes=self.processes)
-            if config.bank else FreshTargets(backend, data, config, processes=self.processes))
+        if second and second[0].text.widths != backend.text.widths:
+            raise ConfigError(f"second_model has text widths {second[0].text.widths}, not {backend.text.widths}.",
+                              "Use two models of one family.", field="second_model")
+
+        def course(backend: Backend, data: TrainingSet) -> Course:
+            return Course(backend, data, TargetBank(
+                backend, data, config, cache or run / "cache", progress=progress, stop=stop, processes=self.processes)
+                if config.bank else FreshTargets(backend, data, config, processes=self.processes))
+
+        self._courses = [course(backend, data), *([course(*second)] if second else [])]
         self._log = EventLog(run)
         self.hashes = {"model": backend.sha256, "data": data.sha256}
+        if second:
+            self.hashes["second_model"] = second[0].sha256
         self.step = 0
         self.vectors = {k: torch.nn.Parameter(v) for k, v in initial_vectors(backend, config).items()}
         self.optimizer = torch.optim.Adam(self.vectors.values(), lr=config.learning_rate)
@@ -123,7 +150,8 @@ class Trainer:
         meta = PrefixMetadata(
             title=c.name, family=self.backend.family, num_tokens=c.num_tokens, alpha=c.alpha,
             base_model=self.backend.name, base_model_sha256=self.backend.sha256, steps=c.steps, level=level,
-            seed=c.seed, dataset_sha256=self.data.sha256, date=time.strftime("%Y-%m-%d"),
+            seed=c.seed, dataset_sha256=self.data.sha256, date=time.strftime("%Y-%m-%d"), placement=c.placement,
+            extra={"apl.second_model_sha256": self.hashes["second_model"]} if len(self._courses) > 1 else {},
             description="Anonymization Prompt Learning: reduces recognisable likeness of named persons in tested "
                         "prompts.",
         )
@@ -153,6 +181,29 @@ class Trainer:
         fall = 0.5 + 0.5 * math.cos(math.pi * step / c.steps) if c.schedule == "cosine" else 1.0
         return c.learning_rate * rise * fall
 
+    def _places(self, batch: Batch) -> list[int]:
+        """Where this process's S_ID rows stand in the batch of all: what is drawn for a row does not depend on who
+        computes it."""
+        return list(self.processes.share(range(batch.total)))[: batch.n_id]
+
+    def _prompts(self, data: TrainingSet, batch: Batch) -> list[str]:
+        """c1 of the batch's rows, with some names written in another way where the settings say so."""
+        c, rows = self.config, batch.rows.tolist()
+        prompts = [data.c1[r] for r in rows]
+        if c.name_noise:
+            for i, place in enumerate(self._places(batch)):
+                rng = random.Random(seed_of("apl-names", c.seed, self.step, place))
+                if data.kinds[rows[i]] == "id" and rng.random() < c.name_noise:
+                    prompts[i] = disturb(prompts[i], data.names[rows[i]], rng)
+        return prompts
+
+    def _alpha(self, batch: Batch) -> float | Tensor:
+        """alpha of equation 5: one number, or one for each S_ID row where some are judged under guidance."""
+        c = self.config
+        if not c.guided_share:
+            return c.alpha
+        return guided_alpha(c.alpha, draw_scales(c, self.step, batch.total)[self._places(batch)])
+
     def one_step(self) -> dict[str, float | None]:
         """One optimizer step (equations 3, 5-7). Returns l_id, l_reg (None where the batch has no such row) and loss.
 
@@ -160,11 +211,13 @@ class Trainer:
             TrainingError: loss or gradient are not finite; vectors and optimizer are left as they were.
             ProcessLost: another process ended; the same.
         """
-        batch = self._targets.batch(self.step)
-        states = self.backend.encode([self.data.c1[r] for r in batch.rows.tolist()], self.vectors, overflow="trim")
-        eps = self.backend.predict(batch.x_t, batch.t, states).to(batch.eps_c1.device)
+        course = self._courses[self.step % len(self._courses)]
+        batch = course.targets.batch(self.step)
+        states = course.backend.encode(self._prompts(course.data, batch), self.vectors,
+                                       position=self.config.placement, overflow="trim")
+        eps = course.backend.predict(batch.x_t, batch.t, states).to(batch.eps_c1.device)
         n = batch.n_id
-        l_id = id_loss(eps[:n], batch.eps_c1[:n], batch.eps_c2[:n], self.config.alpha)
+        l_id = id_loss(eps[:n], batch.eps_c1[:n], batch.eps_c2[:n], self._alpha(batch))
         l_reg = reg_loss(eps[n:], batch.eps_c1[n:])
         # this process's part of the mean over the whole batch
         loss = apl_loss(l_id, l_reg, self.config.reg_weight) * (len(batch.rows) / batch.total)

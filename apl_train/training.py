@@ -25,6 +25,7 @@ from apl_train.dataset import Dataset, problems, read_dataset
 from apl_train.events import EventLog
 from apl_train.previews import beside
 from apl_train.processes import this_process
+from apl_train.pseudo_identity import add_words, read_words
 from apl_train.samples import TrainingSet
 from apl_train.state import has_state, only_one
 from apl_train.trainer import Trainer, read_config, write_config
@@ -61,9 +62,13 @@ def load_training_set(backend: Backend, config: TrainConfig, cache: Path, *,
     """
     s_id = _checked(shipped.locate("s_id", config.s_id), "id", backend, config)
     s_reg = None if config.no_reg else _checked(shipped.locate("s_reg", config.s_reg), "reg", backend, config)
+    pseudo = None
+    if config.pseudo:
+        add_words(backend.text, read_words(Path(config.pseudo)))
+        pseudo = _checked(Path(config.pseudo), "id", backend, config)
     bars = _Bars()
     try:
-        return TrainingSet(backend, s_id, s_reg, cache, persons=config.persons, stop=stop,
+        return TrainingSet(backend, s_id, s_reg, cache, persons=config.persons, stop=stop, pseudo=pseudo,
                            progress=bars.of("latents", "picture"), caption_progress=bars.of("captions", "text"))
     finally:
         bars.close()
@@ -144,6 +149,10 @@ def _fit(run: Path, config: TrainConfig, backend: Backend | None, *, resume: boo
         backend = backend or Backend.for_settings(shipped.locate("base_model", config.base_model), config,
                                                   device=shared_gpu)
         data = load_training_set(backend, config, cache, stop=asked.is_set)
+        second = None
+        if config.second_model:
+            other = Backend.for_settings(shipped.locate("base_model", config.second_model), config, device=shared_gpu)
+            second = other, load_training_set(other, config, cache, stop=asked.is_set)
         bars = _Bars()
         stack.callback(bars.close)
         bar = Bar(config.steps) if processes.main else None
@@ -152,7 +161,7 @@ def _fit(run: Path, config: TrainConfig, backend: Backend | None, *, resume: boo
         tell = beside(bar, backend, config, run, lambda: trainer.prompt(0)) if bar else None
         stop = obeying(asked.is_set, EventLog(run).write) if bar else asked.is_set
         trainer = Trainer(backend, data, config, run, cache=cache, listener=tell, stop=stop,
-                          progress=bars.of("targets", "target"))
+                          progress=bars.of("targets", "target"), second=second)
         bars.close()
         if resume and processes.once(lambda: has_state(run)):
             trainer.restore(allow_changed=allow_changed)

@@ -25,7 +25,9 @@ def test_paper_preset_says_what_the_paper_says() -> None:
     ("num_tokens", 0), ("num_tokens", 65), ("num_tokens", 2.5), ("num_tokens", True), ("steps", 0), ("steps", -1),
     ("batch_size", 0), ("alpha", float("nan")), ("alpha", "strong"), ("learning_rate", 0.0),
     ("learning_rate", float("inf")), ("id_share", 1.5), ("reg_weight", -1.0), ("schedule", "linear"),
-    ("init", "zeros"), ("low_t", 1000), ("persons", 0), ("seed", -1), ("save_every", 0),
+    ("init", "zeros"), ("low_t", 1000), ("persons", 0), ("seed", -1), ("save_every", 0), ("placement", "middle"),
+    ("timesteps", "late"), ("time_floor", 1.1), ("guided_share", -0.1), ("guided_low", 0.5), ("name_noise", 2.0),
+    ("pseudo_share", float("nan")),
 ])
 def test_a_wrong_value_is_named_with_the_way_out(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -38,6 +40,10 @@ def test_a_wrong_value_is_named_with_the_way_out(field: str, value: object) -> N
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="low_t"):
         config.TrainConfig(low_t=500, high_t=400)
+    with pytest.raises(ConfigError, match="guided_low"):
+        config.TrainConfig(guided_low=8.0, guided_high=4.0)
+    with pytest.raises(ConfigError, match="no bank"):
+        config.TrainConfig(timesteps="separability")
     with pytest.raises(ConfigError, match="nothing to train"):
         config.TrainConfig(no_reg=True, id_share=0.0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from apl_train.losses import anonymized_target, apl_loss, id_loss, reg_loss
+from apl_train.losses import anonymized_target, apl_loss, guided_alpha, id_loss, reg_loss
 
 
 @pytest.fixture
@@ -42,3 +42,22 @@ def test_mixed_batch_is_a_mean_over_samples() -> None:
     assert float(apl_loss(l_id, l_reg)) == pytest.approx(3.0)
     assert float(apl_loss(l_id, l_reg, reg_weight=0.0)) == pytest.approx(4 / 3)
     assert float(apl_loss(l_id, torch.zeros(0))) == pytest.approx(2.0)
+
+
+def test_guided_loss_is_that_of_combined_predictions_over_s_squared(eps: dict[str, torch.Tensor]) -> None:
+    """Written out with an unconditional prediction, which is then seen to cancel."""
+    ap, c1, c2 = (eps[k].numpy().astype(np.float64) for k in ("ap", "c1", "c2"))
+    scales, alpha = np.array([3.0, 7.5, 12.0]), 2.0
+    u = np.random.default_rng(0).normal(size=ap.shape)
+    s = scales.reshape(-1, 1, 1, 1)
+    wanted = u + s * (c2 - u) + alpha * (c2 - c1)
+    by_hand = (((u + s * (ap - u)) - wanted) ** 2).reshape(3, -1).mean(1) / scales**2
+    found = id_loss(eps["ap"], eps["c1"], eps["c2"], guided_alpha(alpha, torch.from_numpy(scales)))
+    assert np.allclose(found.numpy(), by_hand, rtol=1e-4)
+    same = id_loss(eps["ap"], eps["c1"], eps["c2"], guided_alpha(alpha, torch.ones(3)))
+    assert torch.equal(same, id_loss(eps["ap"], eps["c1"], eps["c2"], alpha))
+
+
+def test_a_null_prefix_is_equation_5_at_minus_one(eps: dict[str, torch.Tensor]) -> None:
+    found = id_loss(eps["ap"], eps["c1"], eps["c2"], -1.0)
+    assert torch.allclose(found, reg_loss(eps["ap"], eps["c1"]), rtol=1e-4)
