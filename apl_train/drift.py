@@ -9,8 +9,9 @@ prompt are not independent.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from apl_core.errors import ScoreError
 from apl_core.id_scores import RESAMPLES, Interval, PersonScores, cluster_bootstrap, paired_bootstrap
+from apl_core.prefix import AnonymizationPrompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,3 +115,10 @@ def random_vectors(vectors: dict[str, Tensor], seed: int = 0) -> dict[str, Tenso
         rows = torch.randn(learned.shape, generator=g)
         made[key] = rows / rows.norm(dim=1, keepdim=True) * learned.norm(dim=1, keepdim=True)
     return made
+
+
+def standing_as(vectors: Mapping[str, Tensor], prompt: Any) -> Mapping[str, Tensor] | AnonymizationPrompt:
+    """Vectors to encode with where `prompt` stands: a loaded suffix is not to be measured as a prefix."""
+    if not isinstance(prompt, AnonymizationPrompt) or prompt.meta.placement == "prefix":
+        return vectors
+    return AnonymizationPrompt(prompt.family, vectors, prompt.meta)

@@ -125,6 +125,7 @@ def evaluate(
            persons_limit=persons_limit, neutral_limit=neutral_limit, steps=steps)
     learned = _tensors(prompt_vectors)
     vectors = {"on": learned, "random": drift.random_vectors(learned, random_seed)} if learned else {}
+    vectors = {name: drift.standing_as(rows, prompt_vectors) for name, rows in vectors.items()}
     groups = {split: evaluation_set.of_split(split, persons_limit) for split in splits}
     keep = keep_images if callable(keep_images) or keep_images is None else _writer(Path(keep_images))
     run = _Run(Observer(backend, embedder, attributes, steps, guidance, Path(cache) if cache else None, progress, keep,

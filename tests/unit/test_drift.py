@@ -92,3 +92,16 @@ def test_random_vectors_keep_norms_and_nothing_else() -> None:
         cosine = torch.nn.functional.cosine_similarity(made[key], value.float(), dim=1)
         assert cosine.abs().max() < 0.95
     assert not torch.equal(made["clip_l"], drift.random_vectors(learned, 8)["clip_l"])
+
+
+def test_vectors_stand_where_the_loaded_prefix_stands() -> None:
+    from apl_core.metadata import PrefixMetadata
+    from apl_core.prefix import AnonymizationPrompt
+
+    rows = {"emb_params": torch.randn(3, 768)}
+    suffix = AnonymizationPrompt("sd1", rows, PrefixMetadata(family="sd1", placement="suffix"))
+    control = {"emb_params": torch.zeros(3, 768)}
+    placed = drift.standing_as(control, suffix)
+    assert placed.meta.placement == "suffix" and torch.equal(placed.vectors(), control["emb_params"])
+    for prompt in (rows, None, AnonymizationPrompt("sd1", rows, PrefixMetadata(family="sd1"))):
+        assert drift.standing_as(control, prompt) is control
