@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from apl_core.errors import APLError, ConfigError
-from apl_train import cli_make, cli_miniworld
+from apl_train import cli_beyond, cli_make, cli_miniworld
 from apl_train import config as configs
 
 COMMANDS = {
@@ -28,6 +28,8 @@ COMMANDS = {
     "resume": "go on with an interrupted training",
     "sample": "pictures without and with a prefix, at equal seeds",
     "score": "ID-ACC, faces, attributes and drift of a prefix",
+    "blend": "a prefix at another strength, on the line from a null prefix",
+    "pseudo": "bind faces of fictional persons to new words, for a training against DreamBooth",
     "inspect": "what a prefix file says of itself",
     "convert": "embeddings of other tools to prefix files and back, .ckpt models to .safetensors (alone reads pickles)",
     "miniworld": "rebuild the miniature world, or measure it",
@@ -72,6 +74,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--steps", type=int, default=20, help="DDIM steps")
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance")
     p.add_argument("--out", type=Path, default=Path("runs/sample"), help="folder for the pictures")
+    cli_beyond.add_options(parsers)
     p = parsers["score"]
     p.add_argument("--prefix", type=str, default=None,
                    help="prefix file or name; without one the model alone is scored")
@@ -200,8 +203,16 @@ def _run_sample(args: Namespace) -> None:
     from apl_train.compare import write_pairs
 
     written = write_pairs(args.prompt, args.prefix, args.base_model, args.seeds, steps=args.steps,
-                          guidance=args.guidance, out=args.out)
+                          guidance=args.guidance, out=args.out, strength=args.strength, null=args.null)
     _tell(args, {"files": [str(p) for p in written]}, "\n".join(f"wrote {p}" for p in written))
+
+
+def _run_blend(args: Namespace) -> None:
+    cli_beyond.blend(args, _tell)
+
+
+def _run_pseudo(args: Namespace) -> None:
+    cli_beyond.pseudo(args, _tell)
 
 
 def _run_score(args: Namespace) -> None:

@@ -12,20 +12,29 @@ from PIL import Image
 from tqdm import tqdm
 
 from apl_core.atomic import write_bytes
+from apl_core.errors import ConfigError
 from apl_core.prefix import load_prefix
+from apl_core.strength import blend
 from apl_train import shipped
 from apl_train.backend import Backend
 from apl_train.precision import chosen
 
 
 def write_pairs(prompts: Sequence[str], prefix: str, base_model: str, seeds: Sequence[int], *, steps: int,
-                guidance: float, out: Path) -> list[Path]:
+                guidance: float, out: Path, strength: float | None = None, null: str | None = None) -> list[Path]:
     """One PNG a prompt: upper row without, lower row with the prefix, one column a seed. Returns the files.
+
+    strength, null: see `apl_core.strength.blend`; without a strength the prefix is taken as it is.
 
     Raises:
         PrefixFileError, LibraryError, ModelError, ConfigError: before anything is drawn.
     """
     prompt = load_prefix(shipped.prefix_file(prefix))
+    if strength is not None:
+        if null is None:
+            raise ConfigError(f"strength is {strength:g}, but there is no null prefix to start from.",
+                              "Name one with --null; `apl train --preset null` makes it.", field="null")
+        prompt = blend(load_prefix(shipped.prefix_file(null)), prompt, strength)
     backend = Backend.load(shipped.locate("base_model", base_model), device=chosen().device)
     rows = [p for p in prompts for _ in seeds]
     every = list(seeds) * len(prompts)
