@@ -98,14 +98,15 @@ def carried_prefixes(prefix: str = PREFIX_NAME) -> dict[str, AnonymizationPrompt
     Tokens weigh as often as the world's captions use them: most of its vocabulary was hardly trained.
     """
     from apl_core.token_tables import read_table, read_tables
-    from apl_core.transfer import TransferSettings, transfer
-    from apl_train.text import token_counts
+    from apl_core.transfer import TransferSettings, caption_weights, transfer
+    from apl_train.model_files import TOKENIZER, read_tokenizer
 
     prompt = load_prefix(shipped.prefix_file(prefix))
     source = read_table(shipped.locate("base_model", shipped.MINIATURE))
     targets = read_tables(shipped.locate("base_model", SDXL))
-    counts = token_counts(shipped.locate("captions", shipped.MINIATURE).read_text(encoding="utf-8").splitlines())
-    weights = torch.log1p(counts.float())
+    captions = shipped.locate("captions", shipped.MINIATURE).read_text(encoding="utf-8").splitlines()
+    ids = read_tokenizer(TOKENIZER)(captions, add_special_tokens=False).input_ids
+    weights = caption_weights(ids, source.vocabulary)
     return {method: transfer(prompt, source, targets, TransferSettings(method=method, weights=weights)).prefix
             for method in ("auto", *METHODS)}
 
