@@ -17,12 +17,11 @@ from torch import Tensor
 from .errors import ModelError, PrefixFileError
 from .families import FAMILIES
 from .prefix import AnonymizationPrompt
-from .relative_maps import unit
 from .table_map import TableMap, TransferSettings, anchors, caption_weights, fit
 from .token_tables import TokenTable, check_same_vocabulary
-from .transfer_report import KeyReport, Manifold, TransferReport, describe, nearest
+from .transfer_report import KeyReport, Manifold, TransferReport, describe
 
-__all__ = ["Mapper", "TransferSettings", "Transferred", "caption_weights", "discretised", "transfer"]
+__all__ = ["Mapper", "TransferSettings", "Transferred", "caption_weights", "transfer"]
 RECORD = "apl.transfer"
 """Header key of what was done, one JSON object a tensor."""
 
@@ -140,20 +139,3 @@ def transfer(prefix: AnonymizationPrompt, source: TokenTable, targets: Mapping[s
     """
     source_vectors(prefix, source)  # before a fit that takes seconds
     return Mapper(source, targets, settings).carry(prefix)
-
-
-def discretised(prefix: AnonymizationPrompt, source: TokenTable,
-                targets: Mapping[str, TokenTable]) -> AnonymizationPrompt:
-    """The prefix of plain words that are most alike its vectors: what a transfer has to be better than.
-
-    Every vector becomes the target's row of the token nearest to it in the source; norms as `transfer` keeps them.
-    """
-    vectors = source_vectors(prefix, source)
-    check_same_vocabulary({"source": source, **targets})
-    ids = nearest(source.vectors, vectors, 1)[1][:, 0]
-    share = vectors.norm(dim=1, keepdim=True) / source.vectors.norm(dim=1).median()
-    tensors = {key: unit(table.vectors[ids]) * share * table.vectors.norm(dim=1).median()
-               for key, table in targets.items()}
-    meta = prefix.meta.with_fields(title=f"{prefix.name}-words", widths=None, scores={},
-                                   transferred_from=f"{prefix.content_hash} (nearest tokens)")
-    return AnonymizationPrompt(family_of_targets(targets), tensors, meta)
