@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parent
 OLDEST = (3, 10)
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-EXTRAS = {"demo": "demo", "test": "demo,dev"}
+EXTRAS = {"demo": "demo", "test": "demo,dev", "ui": "demo,ui"}
 ABOUT = """\
 Makes a private Python environment in .venv beside this file, installs the project and what it needs there, and starts
 it. Nothing outside that folder is changed; delete it to undo. The first run downloads what is needed and fills about
 2 GB (more with a CUDA build of torch), later ones start at once.
 
   python install.py demo [...]   train a prefix on the shipped miniature world and write a report
+  python install.py ui [...]     open a page to make, watch and compare prefixes in; Ctrl-C ends it
   python install.py test [...]   run the tests; what follows goes to pytest
 """
 VARIABLES = """\

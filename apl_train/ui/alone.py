@@ -35,7 +35,7 @@ def run(*, runs: Path, checkpoints: Sequence[Path], host_embeddings: Path | None
     except ImportError as error:
         raise core("errors").ConfigError(
             f"{error.name or error} is not installed.",
-            "Install what the page needs: pip install '.[ui]' in the checkout, beside the training's packages.",
+            "Start the page with `python install.py ui` in the checkout, or add what it needs: pip install '.[ui]'.",
         ) from error
     auth = credentials()
     place = Place(runs=runs, python=python or private_python(), checkpoints=tuple(checkpoints),

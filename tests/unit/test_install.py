@@ -57,18 +57,18 @@ def test_without_arguments_nothing_changes(copy: Path) -> None:
     assert "nothing to install" in done.stdout and tree(copy.parent) == before
 
 
-@pytest.mark.parametrize("argument", ["ui", "--demo", "DEMO", "."])
+@pytest.mark.parametrize("argument", ["gui", "--demo", "DEMO", "."])
 def test_unknown_arguments_end_in_usage(copy: Path, argument: str) -> None:
     before = tree(copy.parent)
     done = start(copy, argument)
-    assert done.returncode == 2 and "usage: install.py" in done.stderr and "{demo,test}" in done.stderr
+    assert done.returncode == 2 and "usage: install.py" in done.stderr and "{demo,test,ui}" in done.stderr
     assert tree(copy.parent) == before
 
 
 def test_help_names_purposes_and_variables(copy: Path) -> None:
     done = start(copy, "--help")
     assert done.returncode == 0 and tree(copy).keys() == {path.name for path in copy.iterdir()}
-    for word in ("demo", "test", ".venv", "APL_TORCH", "PIP_INDEX_URL"):
+    for word in ("demo", "test", "ui", ".venv", "APL_TORCH", "PIP_INDEX_URL"):
         assert word in done.stdout
 
 
@@ -105,7 +105,7 @@ def test_constraints_pin_one_version_for_every_python() -> None:
             found = re.fullmatch(r"([a-z0-9-]+)==[0-9][0-9a-z.]*(?:; (python_version (?:<|>=) \"3\.11\"))?", line)
             assert found, line
             seen.setdefault(found[1], []).append(found[2] or "")
-    assert "torch" not in seen and {"numpy", "diffusers", "transformers", "pytest"} <= set(seen)
+    assert "torch" not in seen and {"numpy", "diffusers", "transformers", "pytest", "gradio"} <= set(seen)
     for name, markers in seen.items():
         assert len(set(markers)) == len(markers) and (len(markers) == 1 or "" not in markers), name
 
@@ -123,6 +123,7 @@ def test_pip_commands_are_lists(install: ModuleType) -> None:
 
 def test_what_is_started(install: ModuleType) -> None:
     assert install.command_of(Path("py"), "demo", ["--out", "a b"]) == ["py", "-m", "apl_train", "demo", "--out", "a b"]
+    assert install.command_of(Path("py"), "ui", ["--port", "1"]) == ["py", "-m", "apl_train", "ui", "--port", "1"]
     assert install.command_of(Path("py"), "test", ["-q", "--help"]) == ["py", "-m", "pytest", "-q", "--help"]
 
 
