@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .relative_maps import METHODS, POWERS, RHOS, Grams, Spectra, grams, masked, unit
+from .relative_maps import METHODS, POWERS, RHOS, Moments, Spectra, Together, masked, powered, unit
 
-SAMPLE = 512
+ANCHORS = 16384
+"""Anchors that folds are made of at most: a random part of them tells maps apart as well as all of them."""
+SAMPLE = 256
 """Held-out tokens of a fold that a map is judged on; all candidates see the same ones."""
 MASKED_SAMPLE = 8
 PAPER_TOPK = 8192
@@ -70,38 +72,39 @@ class Side:
 
 
 class HoldOut:
-    """Folds of the anchors for one centring.
+    """Folds of the anchors, or of a random part of many, for one centring.
 
     Args:
         source, target: float32 tables. ids: int64 [k], the anchors; weights: float32 [k].
         folds: how many parts; seed: of their drawing.
+
+    Attributes:
+        ids, weights: [k'] of those in the folds. parts: each fold's places in them.
+        sides: source's and target's mean and median norm, of all anchors.
     """
 
     def __init__(self, source: Tensor, target: Tensor, ids: Tensor, weights: Tensor, centred: bool, *,
                  folds: int = 5, seed: int = 0) -> None:
         self.source, self.target, self.centred = source, target, centred
-        self.ids, self.weights = ids, weights
         self.sides = (Side.of(source[ids], weights, centred), Side.of(target[ids], weights, centred))
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-        self.parts = [part.sort().values for part in order.chunk(folds)]
-        means = (self.sides[0].mean, self.sides[1].mean) if centred else None
-        found = [grams(source, target, ids[part], weights[part], means) for part in self.parts]
-        self.total = found[0]
-        for each in found[1:]:
-            self.total = self.total.plus(each)
-        # parts in float32: all folds of both centrings lie in memory at once
-        self._moments = [Grams(each.source.float(), each.target.float(), each.cross.float()) for each in found]
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:ANCHORS]
+        self.ids, self.weights = ids[order], weights[order]
+        self.parts = list(torch.arange(len(order)).chunk(folds))
+        self._moments = [Moments(source, target, self.ids[part], self.weights[part], self.means) for part in self.parts]
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor] | None:
+        """What is taken off rows before they are compared; None where nothing is."""
+        return (self.sides[0].mean, self.sides[1].mean) if self.centred else None
 
     def without(self, fold: int) -> Spectra:
-        """Those of all anchors but a fold's, in float32."""
-        return Spectra(self.total.minus(self._moments[fold]), torch.float32)
+        """Those of all folds but one, in float32: enough to tell maps apart."""
+        rest = [each for i, each in enumerate(self._moments) if i != fold]
+        return Spectra(Together(rest), torch.float32)
 
     def sample(self, fold: int, size: int = SAMPLE) -> Tensor:
-        """Places [n] in `ids` of a fold's tokens to judge by, spread over all of it."""
-        part = self.parts[fold]
-        if len(part) <= size:
-            return part
-        return part[torch.linspace(0, len(part) - 1, size).long()]
+        """Places [n] in `ids` of a fold's tokens to judge by."""
+        return self.parts[fold][:size]
 
 
 def directions_to_vectors(moved: Tensor, lengths: Tensor, mean: Tensor, scale: float) -> Tensor:
@@ -154,20 +157,18 @@ def judge(hold: HoldOut, methods: Sequence[str], rhos: Sequence[float]) -> list[
         sample = _Sample(hold, fold, basis)
         weights.append(sample.weights)
         x = torch.cat([sample.x, sample.offset[None]])
-        cross = (spectra.rotated if turned else spectra.moments.cross @ spectra.source[1]).T
+        cross = (spectra.rotated if turned else spectra.cross @ spectra.source[1]).T
         in_source = x @ spectra.source[1]
         plain = in_source @ cross
         for each in wanted:
             if each.method == "procrustes":
                 moved = x @ (basis.T @ spectra.map("procrustes", 0)).T
             elif each.method in ("ridge", "half"):
-                values = spectra.source[0]
-                power = POWERS[each.method][1]
-                moved = (in_source * (values + each.rho * values.mean()).clamp(min=1e-30) ** -power) @ cross
+                moved = (in_source * powered(spectra.source[0], each.rho, POWERS[each.method][1])) @ cross
             else:
                 moved = plain
-            if POWERS.get(each.method, (0, 0))[0]:
-                moved = moved * spectra.factors(each.method, each.rho)[0]
+            if p := POWERS.get(each.method, (0, 0))[0]:
+                moved = moved * powered(spectra.target[0], each.rho, p)
             one, two = sample.judge(moved[:-1], moved[-1])
             tokens[each].append(one)
             pairs[each].append(two)

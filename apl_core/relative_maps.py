@@ -11,7 +11,7 @@ singular vectors of B^'WA^. lam = rho * trace(G) / d, with G the matrix that is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -27,72 +27,79 @@ _COLUMNS = 320
 _SMALLEST = 1e-30
 
 
-@dataclass(frozen=True, eq=False)
-class Grams:
-    """Weighted second moments of anchors' unit rows.
-
-    Attributes:
-        source: [ds, ds], A^'WA^.
-        target: [dt, dt], B^'WB^.
-        cross: [dt, ds], B^'WA^.
-    """
-
-    source: Tensor
-    target: Tensor
-    cross: Tensor
-
-    def plus(self, other: Grams) -> Grams:
-        """Those of both sets of anchors."""
-        return Grams(self.source + other.source, self.target + other.target, self.cross + other.cross)
-
-    def minus(self, other: Grams) -> Grams:
-        """Those of the anchors without `other`'s, which are among them."""
-        return Grams(self.source - other.source, self.target - other.target, self.cross - other.cross)
-
-
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1; rows of zeros stay."""
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST)
 
 
-def _squared(rows: Tensor, out: Tensor) -> None:
-    """Adds the upper triangle of rows' Gram matrix, in blocks of columns: half of the multiplications."""
-    width = rows.shape[1]
-    for start in range(0, width, _COLUMNS):
-        stop = min(start + _COLUMNS, width)
-        out[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+def _centred_unit(table: Tensor, ids: Tensor, mean: Tensor | None) -> Tensor:
+    return unit(table[ids] if mean is None else table[ids] - mean)
 
 
-def grams(
-    source: Tensor, target: Tensor, ids: Tensor, weights: Tensor, means: tuple[Tensor, Tensor] | None = None
-) -> Grams:
-    """Second moments of the anchors `ids`.
+class Moments:
+    """Weighted second moments of anchors' unit rows; each is found when it is asked for, since few maps need all three.
 
     Args:
         source, target: float32 [vocabulary, ds] and [vocabulary, dt].
         ids: int64 [k]; weights: float32 [k], not negative.
         means: what is taken off every row before it is made a unit one, [ds] and [dt]; None for nothing.
-
-    Returns:
-        float64: sums of float32 products over some thousand rows each.
     """
-    ds, dt = source.shape[1], target.shape[1]
-    found = [torch.zeros(ds, ds, dtype=torch.float64), torch.zeros(dt, dt, dtype=torch.float64),
-             torch.zeros(dt, ds, dtype=torch.float64)]
-    for start in range(0, len(ids), _ROWS):
-        some, root = ids[start : start + _ROWS], weights[start : start + _ROWS].sqrt()[:, None]
-        a, b = source[some], target[some]
-        if means is not None:
-            a, b = a - means[0], b - means[1]
-        a, b = unit(a) * root, unit(b) * root
-        part = [torch.zeros(ds, ds), torch.zeros(dt, dt), b.T @ a]
-        _squared(a, part[0])
-        _squared(b, part[1])
-        for total, each in zip(found, part, strict=True):
-            total += each
-    for square in found[:2]:
-        square.copy_(square.triu() + square.triu(1).T)
-    return Grams(*found)
+
+    def __init__(self, source: Tensor, target: Tensor, ids: Tensor, weights: Tensor,
+                 means: tuple[Tensor, Tensor] | None = None) -> None:
+        self._tables, self._means = (source, target), means or (None, None)
+        self._parts = list(zip(ids.split(_ROWS), weights.split(_ROWS), strict=True))
+
+    def _gram(self, side: int) -> Tensor:
+        table, width = self._tables[side], self._tables[side].shape[1]
+        found = torch.zeros(width, width, dtype=torch.float64)
+        for ids, weights in self._parts:
+            rows = _centred_unit(table, ids, self._means[side]) * weights.sqrt()[:, None]
+            for start in range(0, width, _COLUMNS):  # the upper triangle alone: half of the multiplications
+                stop = min(start + _COLUMNS, width)
+                found[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+        return found.triu() + found.triu(1).T
+
+    @cached_property
+    def source(self) -> Tensor:
+        """A^'WA^, float64 [ds, ds]: sums of float32 products over some thousand rows each."""
+        return self._gram(0)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """B^'WB^, float64 [dt, dt]."""
+        return self._gram(1)
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """B^'WA^, float64 [dt, ds]."""
+        found = torch.zeros(self._tables[1].shape[1], self._tables[0].shape[1], dtype=torch.float64)
+        for ids, weights in self._parts:
+            a, b = (_centred_unit(t, ids, m) for t, m in zip(self._tables, self._means, strict=True))
+            found += (b * weights[:, None]).T @ a
+        return found
+
+
+class Together:
+    """Moments of several sets of anchors as of one."""
+
+    def __init__(self, parts: Sequence[Moments]) -> None:
+        self._parts = list(parts)
+
+    @property
+    def source(self) -> Tensor:
+        """As `Moments.source`."""
+        return sum(each.source for each in self._parts)
+
+    @property
+    def target(self) -> Tensor:
+        """As `Moments.target`."""
+        return sum(each.target for each in self._parts)
+
+    @property
+    def cross(self) -> Tensor:
+        """As `Moments.cross`."""
+        return sum(each.cross for each in self._parts)
 
 
 class Spectra:
@@ -103,30 +110,30 @@ class Spectra:
         dtype: to compute in; float32 is enough to compare maps by.
     """
 
-    def __init__(self, moments: Grams, dtype: torch.dtype = torch.float64) -> None:
-        self.moments = Grams(moments.source.to(dtype), moments.target.to(dtype), moments.cross.to(dtype))
+    def __init__(self, moments: Moments | Together, dtype: torch.dtype = torch.float64) -> None:
+        self._moments, self._dtype = moments, dtype
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """B^'WA^ [dt, ds]."""
+        return self._moments.cross.to(self._dtype)
 
     @cached_property
     def source(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [ds] ascending, and eigenvectors [ds, ds] in columns, of the source's Gram matrix."""
-        values, basis = torch.linalg.eigh(self.moments.source)
+        values, basis = torch.linalg.eigh(self._moments.source.to(self._dtype))
         return values.clamp(min=0), basis
 
     @cached_property
     def target(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [dt] ascending, and eigenvectors [dt, dt] in columns, of the target's Gram matrix."""
-        values, basis = torch.linalg.eigh(self.moments.target)
+        values, basis = torch.linalg.eigh(self._moments.target.to(self._dtype))
         return values.clamp(min=0), basis
 
     @cached_property
     def rotated(self) -> Tensor:
         """The cross moments [dt, ds] between both bases of eigenvectors."""
-        return self.target[1].T @ self.moments.cross @ self.source[1]
-
-    def factors(self, method: str, rho: float) -> tuple[Tensor, Tensor]:
-        """(G_target + lam)^-p [dt] and (G_source + lam)^-q [ds] on the eigenvectors."""
-        p, q = POWERS[method]
-        return _power(self.target[0], rho, p), _power(self.source[0], rho, q)
+        return self.target[1].T @ self.cross @ self.source[1]
 
     def map(self, method: str, rho: float) -> Tensor:
         """W [dt, ds] with u = W v^, up to a positive factor.
@@ -135,28 +142,32 @@ class Spectra:
             ConfigError: the method is unknown.
         """
         if method == "procrustes":
-            left, _, right = torch.linalg.svd(self.moments.cross, full_matrices=False)
+            left, _, right = torch.linalg.svd(self.cross, full_matrices=False)
             return left @ right
         if method not in POWERS:
             raise ConfigError(f"method is {method!r}.", f"Use one of: auto, {', '.join(METHODS)}.", field="method")
         p, q = POWERS[method]
-        found = self.moments.cross
+        found = self.cross
         if q:
             values, basis = self.source
-            found = (found @ basis * _power(values, rho, q)) @ basis.T
+            found = (found @ basis * powered(values, rho, q)) @ basis.T
         if p:
             values, basis = self.target
-            found = basis @ (_power(values, rho, p)[:, None] * (basis.T @ found))
+            found = basis @ (powered(values, rho, p)[:, None] * (basis.T @ found))
         return found
 
     def damping(self, method: str, rho: float) -> dict[str, float]:
         """lam by the side that it is added to: "source", "target", both or none."""
         p, q = POWERS.get(method, (0.0, 0.0))
-        sides = (("target", p, self.moments.target), ("source", q, self.moments.source))
-        return {name: rho * float(gram.trace()) / len(gram) for name, power, gram in sides if power}
+        found = {}
+        for name, power in (("target", p), ("source", q)):
+            if power:
+                found[name] = rho * float(getattr(self, name)[0].mean())
+        return found
 
 
-def _power(values: Tensor, rho: float, power: float) -> Tensor:
+def powered(values: Tensor, rho: float, power: float) -> Tensor:
+    """(values + lam)^-power of a Gram matrix's eigenvalues, lam = rho * their mean."""
     if not power:
         return torch.ones_like(values)
     return (values + rho * values.mean()).clamp(min=_SMALLEST) ** -power

@@ -16,7 +16,7 @@ from .errors import ConfigError, ModelError
 from .map_choice import PAPER_TOPK, Candidate, HoldOut, Judged, best_of, considered, directions_to_vectors, judge
 from .map_choice import mask_helps as _mask_helps
 from .placement import BOS
-from .relative_maps import METHODS, Spectra, masked, unit
+from .relative_maps import METHODS, Moments, Spectra, masked, unit
 from .token_tables import TokenTable, check_same_vocabulary
 
 BYTE_TOKENS = 512
@@ -207,16 +207,22 @@ class TableMap:
 def fit(source: TokenTable, target: TokenTable, settings: TransferSettings | None = None) -> TableMap:
     """The map from `source` to `target` under `settings`, chosen on held-out tokens where they leave a choice.
 
+    "auto" judges ridge raw and centred, and the other methods in the better of both.
+
     Raises:
         ModelError: the tables do not fit each other, or too few tokens remain to fit on.
     """
     s = settings or TransferSettings()
     ids, weights = anchors(source, target, s.weights)
     methods, rhos = considered(s.method, s.rho)
+    # whether the means are in the way is asked of ridge: eigenvalues of the target, which it needs none of, cost most
+    first = methods[:1]
     holds, judged = {}, []
     for centred in ((False, True) if s.centred is None else (s.centred,)):
         holds[centred] = HoldOut(source.vectors, target.vectors, ids, weights, centred, folds=s.folds, seed=s.seed)
-        judged += judge(holds[centred], methods, rhos)
+        judged += judge(holds[centred], first, rhos)
+    if methods[1:]:
+        judged += judge(holds[best_of(judged).candidate.centred], methods[1:], rhos)
     chosen = best_of([each for each in judged if s.method == "none" or each.candidate.method != "none"]).candidate
     hold = holds[chosen.centred]
     topk, scores = 0, None
@@ -225,7 +231,7 @@ def fit(source: TokenTable, target: TokenTable, settings: TransferSettings | Non
         if asked < len(ids):
             scores = _mask_helps(hold, chosen.rho, asked)
             topk = asked if s.topk or scores[1] > scores[0] else 0
-    spectra = Spectra(hold.total)
+    spectra = Spectra(Moments(source.vectors, target.vectors, ids, weights, hold.means))
     candidate = Candidate(chosen.method, chosen.rho, chosen.centred, topk)
     ceiling = _percentiles((target.vectors[ids] - hold.sides[1].mean).norm(dim=1), (CEILING,))[0]
     return TableMap(source, target, ids, weights, hold, candidate, tuple(judged),

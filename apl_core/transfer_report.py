@@ -19,6 +19,8 @@ from .table_map import TableMap
 from .token_tables import TokenTable
 
 SAMPLE = 256
+SPREAD = 8192
+"""Anchors that the span is found from at most."""
 NEAREST = 5
 ENERGY = 0.99
 """Share of the anchors' energy that the directions "inside their span" hold."""
@@ -138,7 +140,7 @@ class Manifold:
         self.table = table.vectors
         rows = self.table[ids]
         self.norms = rows.norm(dim=1).sort().values
-        spread = unit(rows)
+        spread = unit(rows[torch.linspace(0, len(rows) - 1, min(len(rows), SPREAD)).long()])
         values, basis = torch.linalg.eigh((spread.T @ spread).double())
         outside = values.clamp(min=0).cumsum(0) <= (1 - ENERGY) * values.clamp(min=0).sum()
         self.outside = basis[:, outside].float()
@@ -215,14 +217,14 @@ def _held_out(mapped: TableMap) -> tuple[tuple[dict[str, Any], ...], dict[str, f
     """(bands, recall and loss, stress) of the first fold's tokens, by the map fitted without them."""
     hold, matrix = mapped.hold, mapped.without(0)
     places = hold.sample(0, SAMPLE)
-    ids = mapped.ids[places]
+    ids = hold.ids[places]
     x, truth = mapped.source.vectors[ids], mapped.target.vectors[ids]
     found = mapped.carry(x, matrix)
     cosines = (unit(found) * unit(truth)).sum(1)
     ranks = _ranks(mapped.target.vectors, found, cosines, ids)
-    weights = mapped.weights[places]
+    weights = hold.weights[places]
     # ids of CLIP's vocabulary are in the order of its merges, which is that of frequency
-    order = (-weights).argsort(stable=True) if bool((weights != weights[0]).any()) else torch.arange(len(ids))
+    order = (-weights).argsort(stable=True) if bool((weights != weights[0]).any()) else ids.argsort()
     bands = []
     for i, part in enumerate(order.chunk(BANDS)):
         name = ("most frequent", "frequent", "rare", "rarest")[i]

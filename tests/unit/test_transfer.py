@@ -17,7 +17,7 @@ from torch import Tensor
 from apl_core.errors import ConfigError, ModelError, PrefixFileError
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from apl_core.relative_maps import Spectra, grams, masked, unit
+from apl_core.relative_maps import Moments, Spectra, masked, unit
 from apl_core.table_map import anchors, fit
 from apl_core.token_tables import TokenTable
 from apl_core.transfer import RECORD, Mapper, TransferSettings, caption_weights, transfer
@@ -70,7 +70,7 @@ def test_ptfer_s_closed_form_is_what_the_published_search_finds() -> None:
     a, b = source.vectors[ids], target.vectors[ids]
     vectors = source.vectors[790:]
     searched, loss = published_search(a, b, vectors)
-    matrix = Spectra(grams(source.vectors, target.vectors, ids, torch.ones(790))).map("ptfer", 1e-9).float()
+    matrix = Spectra(Moments(source.vectors, target.vectors, ids, torch.ones(790))).map("ptfer", 1e-9).float()
     closed = unit(vectors) @ matrix.T
     assert float(cosines(closed, searched).min()) >= 0.995
     codes = unit(vectors) @ unit(a).T
@@ -94,7 +94,7 @@ def test_maps_against_numpy_by_hand() -> None:
     ids = torch.arange(20, 280)
     weights = torch.rand(260, generator=torch.Generator().manual_seed(1)) + 0.1
     rho = 0.01
-    spectra = Spectra(grams(source.vectors, target.vectors, ids, weights))
+    spectra = Spectra(Moments(source.vectors, target.vectors, ids, weights))
     root = weights.double().sqrt().numpy()[:, None]
     a = root * (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(source.vectors[ids].double().numpy())
     b = root * (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(target.vectors[ids].double().numpy())

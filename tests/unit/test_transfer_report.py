@@ -69,8 +69,8 @@ def test_recall_and_cosine_by_hand() -> None:
     manifold = Manifold(source, mapped.ids)
     report = describe("clip_g", manifold, source.vectors[:2], mapped.carry(source.vectors[:2]), mapped.facts(), mapped)
     places = mapped.hold.sample(0, 256)
-    ids = mapped.ids[places].numpy()
-    train = np.setdiff1d(mapped.ids.numpy(), mapped.ids[mapped.hold.parts[0]].numpy())
+    ids = mapped.hold.ids[places].numpy()
+    train = np.setdiff1d(mapped.ids.numpy(), mapped.hold.ids[mapped.hold.parts[0]].numpy())
     a, b = unit_rows(source.vectors[train]), unit_rows(target.vectors[train])
     lam = 1e-3 * np.trace(a.T @ a) / WIDTH
     predicted = unit_rows(source.vectors[ids]) @ np.linalg.solve(a.T @ a + lam * np.eye(WIDTH), a.T @ b)
