@@ -1,6 +1,7 @@
 """A frozen Stable Diffusion model behind five verbs: encode, predict, to_latents, decode, sample.
 
-Everything a model does here goes through diffusers' and transformers' own modules; this file batches and seeds.
+Everything a model does here goes through diffusers' and transformers' own modules; this file batches and seeds. What
+Stable Diffusion XL is told beyond words is in `conditioning.py`, the pipelines are in `pipelines.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apl_core.errors import ConfigError, DatasetError, ModelError
-from apl_core.placement import negative_needs_prefix
-from apl_train.base_model import SUPPORTED
+from apl_core.errors import DatasetError, ModelError
+from apl_core.families import family_named
+from apl_core.placement import LENGTH, negative_needs_prefix
+from apl_train import conditioning, pipelines
 from apl_train.model_files import Parts, read_parts
+from apl_train.parts_check import check_parts
 from apl_train.precision import Precision, chosen, into_half, out_of_half
 from apl_train.text import Encoded, TextStack, Vectors
 
-_TIMESTEPS = 1000
 _VAE_PIXELS = 2**18
 """Pixels in a pass of the VAE, whose memory grows with them: one picture of 512 x 512, sixteen of 128 x 128."""
 
@@ -46,32 +48,42 @@ class Backend:
 
     Attributes:
         name: of the file or folder.
-        family: "sd1".
+        family: "sd1" or "sdxl".
         sha256: hash of the weights, lowercase hex: of the file, or of a folder's .safetensors files in sorted order.
-        text: its tokenizer and text encoder.
+        text: its tokenizers and text encoders.
         alphas_bar: float32 [1000], the noise schedule's cumulative alphas, by timestep.
         size: native edge of its pictures, in pixels.
+        sizes: the six numbers that SDXL is told of every picture (see `conditioning`); None: its own size, no crop.
+        zeros_for_empty_prompt: SDXL: whether an empty negative prompt means zeros, not its encoding (the model's
+            `force_zeros_for_empty_prompt`).
     """
 
     def __init__(
         self, parts: Parts, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        checkpointing: bool = False, offload: str = "none",
+        checkpointing: bool = False, offload: str = "none", sizes: Sequence[int] | None = None,
     ) -> None:
         """Takes the modules over: they are moved, cast and frozen in place (see `Precision` for the settings).
 
         Raises:
-            ModelError: the modules do not fit each other.
+            ModelError: the modules do not fit each other. ConfigError: `sizes` are none.
         """
         from diffusers import DDIMScheduler
 
-        _check_parts(parts)
-        self.name, self.family, self.sha256 = parts.name, "sd1", parts.sha256
+        check_parts(parts)
+        self.name, self.family, self.sha256 = parts.name, parts.family, parts.sha256
         self.device, self.dtype, self._offload = torch.device(device), dtype, offload
-        self.unet, self.vae, encoder = (
+        self.sizes = conditioning.checked(sizes) if self.family == "sdxl" else None
+        self.zeros_for_empty_prompt = self.family == "sdxl" and parts.zeros_for_empty_prompt
+        # SDXL's VAE leaves the range of fp16; its configuration says so, and of a mended one that it does not
+        upcast = self.family == "sdxl" and dtype == torch.float16 and parts.vae.config.force_upcast
+        waiting = "cpu" if offload == "all" else self.device
+        self.unet, self.vae, *encoders = (
             _cast(part.to(place), kind).eval().requires_grad_(False)
             for part, place, kind in (
-                (parts.unet, self.device, dtype), (parts.vae, self.device if offload == "none" else "cpu", dtype),
-                (parts.text_encoder, "cpu" if offload == "all" else self.device, torch.float32),
+                (parts.unet, self.device, dtype),
+                (parts.vae, self.device if offload == "none" else "cpu", torch.float32 if upcast else dtype),
+                *((part, waiting, torch.float32) for part in (parts.text_encoder, parts.text_encoder_2)
+                  if part is not None),
             )
         )
         if self.device.type == "cpu":
@@ -79,7 +91,10 @@ class Backend:
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.unet.train()  # older versions of diffusers look at this; no layer of SD1's UNet behaves otherwise
-        self.text = TextStack("sd1", {"emb_params": parts.tokenizer}, {"emb_params": encoder})
+        keys = tuple(family_named(self.family).widths)
+        tokenizers = [parts.tokenizer, parts.tokenizer_2][: len(keys)]
+        self.text = TextStack(self.family, dict(zip(keys, tokenizers, strict=True)),
+                              dict(zip(keys, encoders, strict=True)))
         self._scheduler = DDIMScheduler(**parts.schedule)
         self._is_v = self._scheduler.config.prediction_type == "v_prediction"
         self.alphas_bar = self._scheduler.alphas_cumprod.float()
@@ -90,28 +105,32 @@ class Backend:
     def load(
         cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
         checkpointing: bool = False, offload: str = "none", vae: str | Path | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Backend:
         """Read a model from disk. `source`, `vae`: see `model_files.read_parts`; the rest: see `Precision`.
+
+        sizes: what SDXL is told of every picture's size; see `conditioning.Sizes`.
 
         Raises:
             ModelError: it is missing, of an unsafe or unsupported kind, damaged, or the device cannot take it.
         """
         parts = read_parts(source, dtype=dtype, vae=vae)
         try:
-            return cls(parts, device=device, dtype=dtype, checkpointing=checkpointing, offload=offload)
+            return cls(parts, device=device, dtype=dtype, checkpointing=checkpointing, offload=offload, sizes=sizes)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"Cannot put {parts.name} on the device {str(device)!r} as {dtype}: {error}",
                              "Use device cpu, or free memory.", field="device") from error
 
     @classmethod
     def for_settings(cls, source: str | Path, settings: Any, *, device: str | torch.device | None = None) -> Backend:
-        """Read a model as settings with device, dtype, gradient_checkpointing, offload and vae ask for (TrainConfig).
+        """Read a model as settings with device, dtype, gradient_checkpointing, offload, vae and size_conditioning ask
+        for (TrainConfig).
 
         device: takes the place of the settings' own, as where several processes share a machine.
         """
         asked = precision_of(settings)
         return cls.load(source, device=device or asked.device, dtype=asked.dtype, checkpointing=asked.checkpointing,
-                        offload=asked.offload, vae=settings.vae or None)
+                        offload=asked.offload, vae=settings.vae or None, sizes=settings.size_conditioning)
 
     def encode(self, prompts: Sequence[str], vectors: Vectors | None = None, **options: Any) -> Encoded:
         """tau([AP] (+) c): `TextStack.encode`."""
@@ -125,7 +144,10 @@ class Backend:
         """
         x_t, t = x_t.to(self.device), t.to(self.device)
         states = into_half(encoded.states.to(self.device), self.dtype)
-        found = out_of_half(self.unet(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0])
+        sizes = conditioning.told(self.sizes, *(edge * self._factor for edge in x_t.shape[2:]))
+        more = conditioning.added(encoded, sizes, self.device, self.dtype)
+        found = out_of_half(self.unet(x_t.to(self.dtype), t, encoder_hidden_states=states, added_cond_kwargs=more,
+                                      return_dict=False)[0])
         if not self._is_v:
             return found
         bar = self.alphas_bar.to(self.device)[t].view(-1, 1, 1, 1)
@@ -160,7 +182,7 @@ class Backend:
         with self._working_vae() as vae:
             for start in range(0, len(images), batch):
                 part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch]))
-                pixels = part.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1
+                pixels = part.permute(0, 3, 1, 2).to(self.device, vae.dtype) / 127.5 - 1
                 mode = vae.encode(pixels).latent_dist.mode()
                 out[start : start + batch] = mode * vae.config.scaling_factor
         return out
@@ -177,7 +199,7 @@ class Backend:
         batch = self._vae_batch(height, width)
         with self._working_vae() as vae:
             for start in range(0, len(latents), batch):
-                part = latents[start : start + batch].to(self.device, self.dtype)
+                part = latents[start : start + batch].to(self.device, vae.dtype)
                 pixels = vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].float()
                 pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
                 out[start : start + batch] = pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
@@ -185,25 +207,14 @@ class Backend:
 
     @cached_property
     def _pipeline(self) -> Any:
-        from diffusers import StableDiffusionPipeline
+        return pipelines.guided(self.family, self.vae, self.unet, self._scheduler, self.device)
 
-        device = self.device
-
-        class Guided(StableDiffusionPipeline):
-            # diffusers drops the negative prompt below 1 too, where it counts most; hosts drop it at 1 only
-            @property
-            def do_classifier_free_guidance(self) -> bool:
-                return self._guidance_scale != 1.0
-
-            # diffusers takes the device of its first part, which may be waiting on the CPU
-            @property
-            def _execution_device(self) -> torch.device:
-                return device
-
-        # without a text encoder it takes prompts, which come encoded, in the UNet's dtype
-        pipe = Guided(self.vae, None, None, self.unet, self._scheduler, None, None, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def _against(self, negative: str, vectors: Vectors | None, like: Encoded) -> Encoded:
+        """The negative prompt beside every row of `like`, in as many chunks."""
+        if self.zeros_for_empty_prompt and not negative:
+            return conditioning.zeros_like(like)
+        chunks = like.states.shape[1] // LENGTH
+        return conditioning.repeated(self.encode([negative], vectors, chunks=chunks), like)
 
     def _noise(self, seed: int, size: int) -> Tensor:
         edge = size // self._factor
@@ -241,6 +252,7 @@ class Backend:
             vectors: the prefix; the negative prompt carries it too where guidance below 1 makes that prompt add.
             steps: denoising steps.
             guidance: classifier-free guidance; at 1 the negative prompt has no part.
+            negative: negative prompt; empty it means zeros where `zeros_for_empty_prompt`, which no prefix can enter.
             size: edge in pixels; the model's own by default.
             batch: rows a pass.
             progress: called with (pictures done, pictures in all) after every pass.
@@ -251,7 +263,7 @@ class Backend:
             PrefixFileError: the prefix does not fit the model.
         """
         size = self.size if size is None else size
-        _check_sampling(prompts, seeds, steps, size, batch, self._factor)
+        pipelines.check(prompts, seeds, steps, size, batch, self._factor)
         m, guided = self.text.num_prefix(vectors), guidance != 1.0
         with_prefix = vectors if negative_needs_prefix(guidance) else None
         least = self.text.chunks_of(negative, self.text.num_prefix(with_prefix)) if guided else 1
@@ -259,16 +271,11 @@ class Backend:
         images = np.empty((len(prompts) if decode else 0, size, size, 3), np.uint8)
         done = 0
         for chunks, rows in self._batches(prompts, least, m, batch):
-            positive = self.encode([prompts[row] for row in rows], vectors, chunks=chunks).states
-            against = None
-            if guided:
-                against = self.encode([negative], with_prefix, chunks=chunks).states.expand_as(positive)
+            positive = self.encode([prompts[row] for row in rows], vectors, chunks=chunks)
+            against = self._against(negative, with_prefix, positive) if guided else None
             noise = torch.stack([self._noise(seeds[row], size) for row in rows])
-            positive, against = (x if x is None else x.to(self.device, self.dtype) for x in (positive, against))
-            found = self._pipeline(
-                prompt_embeds=positive, negative_prompt_embeds=against, latents=noise.to(self.device, self.dtype),
-                height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
-            ).images
+            found = pipelines.draw(self._pipeline, positive, against, noise, steps=steps, guidance=guidance,
+                                   sizes=conditioning.told(self.sizes, size, size), pixels=(size, size))
             latents[rows] = found.float().cpu()
             if decode:
                 images[rows] = self.decode(found)
@@ -287,41 +294,3 @@ def precision_of(settings: Any) -> Precision:
 def _cast(part: Any, dtype: torch.dtype) -> Any:
     """The part in `dtype`; nothing is asked of diffusers where it already is (it warns whatever the types are)."""
     return part if next(part.parameters()).dtype == dtype else part.to(dtype)
-
-
-def _check_sampling(
-    prompts: Sequence[str], seeds: Sequence[int], steps: int, size: int, batch: int, factor: int
-) -> None:
-    if isinstance(prompts, str) or not prompts:
-        raise ConfigError(f"prompts is {prompts!r}.", "Give a list of at least one text.", field="prompts")
-    if len(seeds) != len(prompts):
-        raise ConfigError(f"There are {len(seeds)} seeds for {len(prompts)} prompts.", "Give one seed a prompt.",
-                          field="seeds")
-    for name, value, most in (("steps", steps, _TIMESTEPS), ("size", size, 8192), ("batch", batch, 4096)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(f"{name} is {value!r}, not a whole number from 1 to {most}.",
-                              f"Set {name} in that range.", field=name)
-    if size % factor:
-        raise ConfigError(f"size is {size}, not a multiple of {factor}.", f"Use {size - size % factor or factor}.",
-                          field="size")
-
-
-def _check_parts(parts: Parts) -> None:
-    """Raises ModelError unless these are the parts of one Stable Diffusion 1.x text-to-image model."""
-    unet, vae, schedule = parts.unet, parts.vae, parts.schedule
-    width = parts.text_encoder.config.hidden_size
-    problems = (
-        (width == 1024, "text_encoder", "The text encoder is 1024 wide, as those of Stable Diffusion 2.x are."),
-        (unet.config.cross_attention_dim != width, "unet",
-         f"The UNet attends to states {unet.config.cross_attention_dim} wide; the text encoder is {width} wide."),
-        (unet.config.in_channels != vae.config.latent_channels, "unet",
-         f"The UNet takes {unet.config.in_channels} channels, the VAE makes {vae.config.latent_channels}: not a plain "
-         "text-to-image model."),
-        (schedule.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"), "scheduler",
-         f"The model predicts {schedule.get('prediction_type')}, neither noise nor velocity."),
-        (schedule.get("num_train_timesteps", _TIMESTEPS) != _TIMESTEPS, "scheduler",
-         f"The noise schedule has {schedule.get('num_train_timesteps')} timesteps, not {_TIMESTEPS}."),
-    )
-    for wrong, field, message in problems:
-        if wrong:
-            raise ModelError(message, SUPPORTED, field=field)

@@ -1,7 +1,7 @@
 """What kind of model a checkpoint file is, told from the names and shapes in its header; no weight is read for it.
 
-Step file -> kind. Stable Diffusion 1.x goes on, with its fine-tunes and merges; everything else is refused by name,
-because "missing keys" would tell nobody that the file is an SDXL one.
+Step file -> kind. Stable Diffusion 1.x and XL go on, with their fine-tunes and merges (Turbo and Lightning are such);
+everything else is refused by name, because "missing keys" would tell nobody that the file is an SDXL refiner.
 """
 
 from __future__ import annotations
@@ -13,38 +13,49 @@ from pathlib import Path
 
 from apl_core.errors import ModelError
 from apl_train.single_file import TEXT, UNET, VAE
+from apl_train.single_file_xl import CLIP_G, CLIP_G_PLAIN, CLIP_L
 
 SUPPORTED = (
-    "Supported: Stable Diffusion 1.x for text to image, its fine-tunes and merges, as one .safetensors file, a "
-    "diffusers folder, or the hub id of one that is on this machine."
+    "Supported: Stable Diffusion 1.x and Stable Diffusion XL for text to image, their fine-tunes and merges, as one "
+    ".safetensors file, a diffusers folder, or the hub id of one that is on this machine."
 )
-SD1_WIDTH, SD1_CHANNELS = 768, 320
+SD1_CHANNELS = 320
+"""Channels of the first level of Stable Diffusion 1's UNet, and of XL's."""
 _INPUT = f"{UNET}input_blocks.0.0.weight"
-_OLD_TEXT = re.compile(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
+_MIDDLE = f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+_OLD_TEXT = re.compile(r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\."
+                       r"(?=(embeddings|encoder|final_layer_norm)\.)")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class ModelKind:
-    """One Stable Diffusion 1.x checkpoint.
+    """One Stable Diffusion 1.x or XL checkpoint.
 
     Attributes:
         prediction: "epsilon", or "v_prediction" where file or yaml say so.
         zero_snr: whether the noise schedule is rescaled to end in pure noise.
-        text_width: of the text encoder's states; 768 but for small models.
+        text_width: of the first text encoder's states; 768 but for small models.
         has_vae: whether the file brings its own.
+        family: "sd1" or "sdxl".
     """
 
     prediction: str
     zero_snr: bool
     text_width: int
     has_vae: bool
+    family: str = "sd1"
 
 
 def standard_name(key: str) -> str:
-    """The name that LDM's code has today: merges keep those of older versions of transformers."""
-    return _OLD_TEXT.sub(TEXT, key)
+    """The name that LDM's code has today: merges keep those of other versions of transformers."""
+    return _OLD_TEXT.sub(r"\1.transformer.text_model.", key)
+
+
+def family_of(shapes: Shapes) -> str:
+    """"sdxl" where there are SDXL's text encoders, else "sd1"."""
+    return "sdxl" if any(key.startswith("conditioner.embedders.") for key in shapes) else "sd1"
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -61,7 +72,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
 
 
 def _other_kind(shapes: Shapes) -> str:
-    """What a file is that is no whole Stable Diffusion 1.x model; "" when nothing speaks against one."""
+    """What a file is that is no whole Stable Diffusion 1.x or XL model; "" when nothing speaks against one."""
     def some(*parts: str) -> bool:
         return any(part in key for key in shapes for part in parts)
 
@@ -76,7 +87,8 @@ def _other_kind(shapes: Shapes) -> str:
         (len(shapes) <= 6 and all(len(shape) <= 2 for shape in shapes.values()), "an embedding, not a model"),
         (some("joint_blocks."), "a Stable Diffusion 3 model"),
         (some("double_blocks.", "double_stream"), "a Flux model"),
-        (starts("conditioner.embedders."), "a Stable Diffusion XL model"),
+        (starts("conditioner.embedders.0.model."), "the refiner of Stable Diffusion XL"),
+        (some("edm_mean", "edm_vpred.", "edm_std"), "a model of EDM's noise schedule (Playground 2.5, CosXL)"),
         (starts("cond_stage_model.model."), "a Stable Diffusion 2.x model"),
         (channels == 9, "an inpainting model"),
         (channels == 8, "an InstructPix2Pix model"),
@@ -84,6 +96,8 @@ def _other_kind(shapes: Shapes) -> str:
         (starts("down_blocks.", "up_blocks."), "one part of a diffusers folder"),
         (not starts(UNET), "no Stable Diffusion model"),
         (_INPUT not in shapes, "a model of another architecture"),
+        (family_of(shapes) == "sdxl" and _MIDDLE not in shapes,
+         "a smaller relative of Stable Diffusion XL (SSD-1B, Vega)"),
     )
     return next((label for holds, label in kinds if holds), "")
 
@@ -94,21 +108,24 @@ def kind_of(shapes: Shapes, header: Mapping[str, str], name: str, parameterizati
     Args:
         header: the file's text metadata.
         name: of the file, for messages.
-        parameterization: what the yaml beside it says, "eps" or "v"; "" when there is none.
+        parameterization: what the yaml beside it says, "eps" or "v"; "" when it says nothing or there is none.
 
     Raises:
         ModelError: it is something else, or a part is missing.
     """
     if other := _other_kind(shapes):
         raise ModelError(f"{name} is {other}.", SUPPORTED, field="base_model")
-    if not any(key.startswith(TEXT) for key in shapes):
-        raise ModelError(f"{name} has no CLIP text encoder ({TEXT}*): it is a pruned or a split model.", SUPPORTED,
-                         field="base_model")
-    width = shapes.get(f"{TEXT}embeddings.token_embedding.weight", (0, 0))[1]
+    family = family_of(shapes)
+    for needed in ((TEXT,),) if family == "sd1" else ((CLIP_L,), (CLIP_G, CLIP_G_PLAIN)):
+        if not any(key.startswith(needed) for key in shapes):
+            raise ModelError(f"{name} has no CLIP text encoder ({needed[0]}*): it is a pruned or a split model.",
+                             SUPPORTED, field="base_model")
+    start = TEXT if family == "sd1" else CLIP_L
+    width = shapes.get(f"{start}embeddings.token_embedding.weight", (0, 0))[1]
     stated = header.get("modelspec.prediction_type", "").lower()
     is_v = parameterization == "v" or (not parameterization and (stated.startswith("v") or "v_pred" in shapes))
     if parameterization not in ("", "eps", "v"):
         raise ModelError(f"The yaml beside {name} says parameterization: {parameterization}.",
                          "Use a model that predicts noise (eps) or velocity (v).", field="parameterization")
     return ModelKind("v_prediction" if is_v else "epsilon", "ztsnr" in shapes, width,
-                     any(key.startswith(VAE) for key in shapes))
+                     any(key.startswith(VAE) for key in shapes), family)

@@ -35,6 +35,9 @@ class TrainConfig:
     """Compute activations twice instead of keeping them: less memory, a third more work."""
     offload: str = "none"
     """What waits on the CPU: "none", "vae" (while it has nothing to do), "all" (the text encoder too)."""
+    size_conditioning: list[int] | None = None
+    """SDXL: what it is told of every picture: height and width of the original, top and left of its crop, height and
+    width of the target; the pictures' own size without a crop when not given."""
     s_id: str = "miniature"
     """Folder of S_ID: pictures of named persons with c1 and c2 ("miniature" for the shipped one)."""
     s_reg: str = "miniature"
@@ -59,6 +62,8 @@ class TrainConfig:
     """Share of S_ID among the samples; the rest is S_Reg, things and unnamed persons in equal parts."""
     reg_weight: float = 1.0
     """Weight of L_Reg (paper: 1)."""
+    loss: str = "paper"
+    """"paper" (equation 5), or "released": that of the paper's code, which encodes c1 of the target with the prefix."""
     no_reg: bool = False
     """Train on S_ID alone, the ablation of Fig. 7: persons then appear uninvited."""
     persons: int | None = None
@@ -120,11 +125,14 @@ class TrainConfig:
         if self.persons is not None:
             _check("persons", self.persons, int, 1, 1_000_000)
         for field, allowed in (("schedule", ("constant", "cosine")), ("init", ("vocabulary", "text", "uniform")),
+                               ("loss", ("paper", "released")),
                                ("placement", ("prefix", "suffix", "both")), ("timesteps", ("uniform", "separability")),
                                ("dtype", ("fp32", "bf16", "fp16")), ("offload", ("none", "vae", "all"))):
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}.", f"Use one of: {', '.join(allowed)}.",
                                   field=field)
+        if self.size_conditioning is not None:
+            check_sizes(self.size_conditioning)
         if self.device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device is {self.device!r}.", "Use one of: auto, cpu, cuda, mps.", field="device")
         for low, high in (("low_t", "high_t"), ("guided_low", "guided_high")):
@@ -147,6 +155,17 @@ def _check(field: str, value: Any, kind: type, low: float, high: float) -> None:
         noun = "a whole number" if kind is int else "a number"
         raise ConfigError(f"{field} is {value!r}, not {noun} from {low} to {high}.", f"Set {field} in that range.",
                           field=field)
+
+
+def check_sizes(values: Any) -> None:
+    """Raises ConfigError unless these are six numbers of sizes (see `conditioning.Sizes`)."""
+    whole = isinstance(values, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    least = (1, 1, 0, 0, 1, 1)
+    if not whole or len(values) != 6 or not all(low <= v <= 65_536 for v, low in zip(values, least, strict=True)):
+        raise ConfigError(f"size_conditioning is {values!r}.",
+                          "Give six whole numbers: height and width of the original picture, top and left of its crop, "
+                          "height and width of the target, such as [1024, 1024, 0, 0, 1024, 1024].",
+                          field="size_conditioning")
 
 
 def from_dict(values: dict[str, Any], origin: str = "config") -> TrainConfig:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ from torch import nn
 from apl_core.errors import ModelError
 from apl_train import checkpoint as ldm
 from apl_train.base_model import SUPPORTED, read_header
+from apl_train.checkpoint_xl import read_sgm, zeros_for_empty_prompt
 from apl_train.single_file import VAE
 
 TOKENIZER = Path(__file__).with_name("miniworld") / "assets" / "model" / "tokenizer"
-"""CLIP's vocabulary, which is the same for every Stable Diffusion 1.x model."""
+"""CLIP's vocabulary, which is the same for every Stable Diffusion 1.x and XL model."""
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_PARTS = ("text_encoder", "unet", "vae")
+PAD_G = "!"
+"""What CLIP-G's tokenizer pads with: token 0."""
+_PIPELINES = {"StableDiffusionPipeline": "sd1", "StableDiffusionXLPipeline": "sdxl"}
+_VAE_NEEDED = "Give a VAE of Stable Diffusion 1.x or XL."
 _AGAIN = "The model is damaged or incomplete: get it again."
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -39,6 +43,8 @@ class Parts:
     Attributes:
         unet, vae, text_encoder: diffusers' UNet2DConditionModel and AutoencoderKL, transformers' CLIPTextModel.
         tokenizer: transformers' CLIPTokenizer.
+        text_encoder_2, tokenizer_2: SDXL's second ones, a CLIPTextModelWithProjection and its CLIPTokenizer; else None.
+        zeros_for_empty_prompt: SDXL: whether an empty negative prompt means zeros instead of its encoding.
         schedule: settings of diffusers' DDIMScheduler.
         name: of the file (without its ending), the folder, or the hub model.
         sha256: of the file, or of a folder's .safetensors files one after another in sorted order; lowercase hex. A
@@ -52,6 +58,14 @@ class Parts:
     schedule: Mapping[str, Any]
     name: str = "model"
     sha256: str = ""
+    text_encoder_2: nn.Module | None = None
+    tokenizer_2: Any = None
+    zeros_for_empty_prompt: bool = True
+
+    @property
+    def family(self) -> str:
+        """"sd1" or "sdxl"."""
+        return "sd1" if self.text_encoder_2 is None else "sdxl"
 
 
 def find_model(source: str | Path) -> Path:
@@ -101,7 +115,7 @@ def read_parts(source: str | Path, *, dtype: torch.dtype = torch.float32, vae: s
     """Read a single file (see `checkpoint`), a diffusers folder, or a hub id that is in this machine's cache.
 
     Args:
-        dtype: of UNet and VAE; the text encoder is float32, a prefix is learned through it.
+        dtype: of UNet and VAE; text encoders are float32, a prefix is learned through them.
         vae: a VAE to use instead of the model's own: a .safetensors file or a diffusers VAE folder.
         meta: modules without weights, and no hash: for estimates.
 
@@ -110,61 +124,82 @@ def read_parts(source: str | Path, *, dtype: torch.dtype = torch.float32, vae: s
     """
     path = find_model(source)
     other = Path(vae).expanduser() if vae else None
-    if path.is_dir():
-        parts, files = _read_folder(path, dtype, other is None, meta)
-    else:
-        found = ldm.open_checkpoint(path)
-        beside = path.parent / "tokenizer"
-        tokenizer = read_tokenizer(beside if beside.is_dir() else TOKENIZER)
-        modules = ldm.read_ldm(found, dtype, meta=meta, own_vae=other is None)
-        parts, files = (*modules, tokenizer, ldm.schedule(found), path.stem), [path]
-    unet, own, text, tokenizer, schedule, name = parts
+    read = _read_folder if path.is_dir() else _read_file
+    parts, files, scale = read(path, dtype, other is None, meta)
     given = Path(source).expanduser()
-    name = name if path == given else given.name  # a snapshot in the hub's cache is called by its commit
+    if path != given:  # a snapshot in the hub's cache is called by its commit
+        parts = replace(parts, name=given.name)
     if other is not None:
-        own, more = _read_vae(other, dtype, meta)
-        files = [*files, *more]
-    return Parts(unet, own, text, tokenizer, schedule, name, "" if meta else _hash(files))
+        own, more = _read_vae(other, dtype, meta, scale)
+        parts, files = replace(parts, vae=own), [*files, *more]
+    return parts if meta else replace(parts, sha256=_hash(files))
 
 
-def _read_folder(folder: Path, dtype: torch.dtype, own_vae: bool, meta: bool) -> tuple[tuple[Any, ...], list[Path]]:
+def _read_file(path: Path, dtype: torch.dtype, own_vae: bool, meta: bool) -> tuple[Parts, list[Path], float]:
+    """(parts without hash, files, scale of its latents) of a single file."""
+    found = ldm.open_checkpoint(path)
+    beside = path.parent / "tokenizer"
+    folder = beside if beside.is_dir() else TOKENIZER
+    scale = float(ldm.below(found.config, "model", "params", "scale_factor") or 0.18215)
+    tokenizer, schedule = read_tokenizer(folder), ldm.schedule(found)
+    if found.kind.family == "sd1":
+        unet, vae, text = ldm.read_ldm(found, dtype, meta=meta, own_vae=own_vae)
+        return Parts(unet, vae, text, tokenizer, schedule, path.stem), [path], scale
+    unet, vae, text, second = read_sgm(found, dtype, meta=meta, own_vae=own_vae)
+    return Parts(unet, vae, text, tokenizer, schedule, path.stem, "", second, read_tokenizer(folder, PAD_G),
+                 zeros_for_empty_prompt(found)), [path], scale
+
+
+def _read_folder(folder: Path, dtype: torch.dtype, own_vae: bool, meta: bool) -> tuple[Parts, list[Path], float]:
+    """(parts without hash, files, scale of its latents) of a diffusers folder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = _read_json(folder / "model_index.json").get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise ModelError(f"{folder.name} is a {kind}, not a StableDiffusionPipeline.", SUPPORTED, field="base_model")
+    index = _read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in _PIPELINES:
+        raise ModelError(f"{folder.name} is a {kind}, not a {' or '.join(_PIPELINES)}.", SUPPORTED, field="base_model")
     stated = _read_json(folder / "scheduler" / "scheduler_config.json")
     schedule = {key: stated[key] for key in _SCHEDULE if key in stated}
     schedule |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     unet = _read_part(UNet2DConditionModel, folder / "unet", dtype, meta)
     text = _read_part(CLIPTextModel, folder / "text_encoder", torch.float32, meta)
     vae = _read_part(AutoencoderKL, folder / "vae", dtype, meta) if own_vae else None
-    beside = folder / "tokenizer"
+    beside, second = folder / "tokenizer", folder / "tokenizer_2"
     tokenizer = read_tokenizer(beside if beside.is_dir() else TOKENIZER)
-    parts = _PARTS if own_vae else _PARTS[:2]
-    files = sorted(file for part in parts for file in (folder / part).glob("*.safetensors"))
-    return (unet, vae, text, tokenizer, schedule, folder.resolve().name), files
+    found = Parts(unet, vae, text, tokenizer, schedule, folder.resolve().name)
+    names = ["text_encoder", "unet", *(["vae"] if own_vae else [])]
+    scale = 0.18215
+    if _PIPELINES[kind] == "sdxl":
+        large = _read_part(CLIPTextModelWithProjection, folder / "text_encoder_2", torch.float32, meta)
+        pads = read_tokenizer(second) if second.is_dir() else read_tokenizer(TOKENIZER, PAD_G)
+        found = replace(found, text_encoder_2=large, tokenizer_2=pads,
+                        zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)))
+        names, scale = [*names, "text_encoder_2"], 0.13025
+    if (folder / "vae" / "config.json").exists():
+        scale = float(_read_json(folder / "vae" / "config.json").get("scaling_factor", scale))
+    return found, sorted(file for name in names for file in (folder / name).glob("*.safetensors")), scale
 
 
-def _read_vae(path: Path, dtype: torch.dtype, meta: bool) -> tuple[nn.Module, list[Path]]:
-    """(AutoencoderKL, its files) of a diffusers VAE folder or a .safetensors file, under LDM names or bare ones."""
+def _read_vae(path: Path, dtype: torch.dtype, meta: bool, scale: float) -> tuple[nn.Module, list[Path]]:
+    """(AutoencoderKL, its files) of a diffusers VAE folder or a .safetensors file, under LDM names or bare ones.
+
+    scale: of the model's latents; a file does not say.
+    """
     from diffusers import AutoencoderKL
 
     if path.is_dir():
         return _read_part(AutoencoderKL, path, dtype, meta), sorted(path.glob("*.safetensors"))
     if path.suffix != ".safetensors" or not path.is_file():
-        raise ModelError(f"vae: {path} is no .safetensors file and no folder.", "Give a VAE of Stable Diffusion 1.x.",
-                         field="vae")
+        raise ModelError(f"vae: {path} is no .safetensors file and no folder.", _VAE_NEEDED, field="vae")
     shapes, _ = read_header(path)
     start = "" if any(key.startswith(VAE) for key in shapes) else VAE
     names = {start + key: key for key in shapes if (start + key).startswith(VAE)}
     shapes = {name: shapes[key] for name, key in names.items()}
     if f"{VAE}encoder.conv_in.weight" not in shapes:
-        raise ModelError(f"vae: {path.name} is no VAE of Stable Diffusion.", "Give a VAE of Stable Diffusion 1.x.",
-                         field="vae")
+        raise ModelError(f"vae: {path.name} is no VAE of Stable Diffusion.", _VAE_NEEDED, field="vae")
     found = ldm.Checkpoint(path, {}, ldm.ModelKind("epsilon", False, 0, True), shapes, names)
-    config = {"model": {"params": {"scale_factor": 0.18215, "first_stage_config": {"params": ldm.vae_params(shapes)}}}}
+    config = {"model": {"params": {"scale_factor": scale, "first_stage_config": {"params": ldm.vae_params(shapes)}}}}
     return ldm.vae_from(found.tensors(VAE, dtype, meta=meta), config), [path]
 
 
@@ -208,12 +243,15 @@ def _shapes_of(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype).eval()
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The CLIPTokenizer of a folder with vocab.json and merges.txt. Raises ModelError."""
+def read_tokenizer(folder: Path, pad: str | None = None) -> Any:
+    """The CLIPTokenizer of a folder with vocab.json and merges.txt. Raises ModelError.
+
+    pad: token to pad with, instead of the folder's own.
+    """
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **({"pad_token": pad} if pad else {}))
     except Exception as error:  # transformers raises what its dependencies raise
         raise ModelError(f"Cannot read {folder}: {error}", "Get the tokenizer folder again.",
                          field="tokenizer") from error

@@ -309,7 +309,9 @@ def rescheduled(**changes: object):
 
 
 @pytest.mark.parametrize(("damage", "words"), [
-    (replaced("model_index.json", b'{"_class_name": "StableDiffusionXLPipeline"}'), "is a StableDiffusionXLPipeline"),
+    (replaced("model_index.json", b'{"_class_name": "StableDiffusionUpscalePipeline"}'),
+     "is a StableDiffusionUpscalePipeline"),
+    (replaced("model_index.json", b'{"_class_name": "StableDiffusionXLPipeline"}'), "text_encoder_2 has no .safetens"),
     (replaced("model_index.json", b"{"), "Cannot read .*model_index.json"),
     (replaced("model_index.json", b"[]"), "not a JSON object"),
     (lambda folder: (folder / "model_index.json").unlink(), "Cannot read .*model_index.json"),

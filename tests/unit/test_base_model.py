@@ -126,7 +126,7 @@ KINDS = {
     "an embedding": {"emb_params": (10, 768)},
     "a Stable Diffusion 3 model": MANY | {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": X},
     "a Flux model": MANY | {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": X},
-    "a Stable Diffusion XL model": MANY | {"conditioner.embedders.0.transformer.text_model.x": X, UNET_IN: (320, 4)},
+    "the refiner of Stable Diffusion XL": MANY | {"conditioner.embedders.0.model.ln_final.bias": X, UNET_IN: (384, 4)},
     "a Stable Diffusion 2.x model": MANY | {"cond_stage_model.model.ln_final.weight": (1024,), UNET_IN: (320, 4)},
     "an inpainting model": MANY | {UNET_IN: (320, 9, 3, 3), f"{CLIP}x": X},
     "an InstructPix2Pix model": MANY | {UNET_IN: (320, 8, 3, 3), f"{CLIP}x": X},
