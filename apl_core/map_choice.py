@@ -90,7 +90,8 @@ class HoldOut:
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:ANCHORS]
         self.ids, self.weights = ids[order], weights[order]
         self.parts = list(torch.arange(len(order)).chunk(folds))
-        self._moments = [Moments(source, target, self.ids[part], self.weights[part], self.means) for part in self.parts]
+        self._moments = [Moments(source, target, self.ids[part], self.weights[part], self.means, torch.float32)
+                         for part in self.parts]
 
     @property
     def means(self) -> tuple[Tensor, Tensor] | None:

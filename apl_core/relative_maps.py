@@ -43,16 +43,17 @@ class Moments:
         source, target: float32 [vocabulary, ds] and [vocabulary, dt].
         ids: int64 [k]; weights: float32 [k], not negative.
         means: what is taken off every row before it is made a unit one, [ds] and [dt]; None for nothing.
+        dtype: to add up in; products are of float32, over some thousand rows each.
     """
 
     def __init__(self, source: Tensor, target: Tensor, ids: Tensor, weights: Tensor,
-                 means: tuple[Tensor, Tensor] | None = None) -> None:
-        self._tables, self._means = (source, target), means or (None, None)
+                 means: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> None:
+        self._tables, self._means, self._dtype = (source, target), means or (None, None), dtype
         self._parts = list(zip(ids.split(_ROWS), weights.split(_ROWS), strict=True))
 
     def _gram(self, side: int) -> Tensor:
         table, width = self._tables[side], self._tables[side].shape[1]
-        found = torch.zeros(width, width, dtype=torch.float64)
+        found = torch.zeros(width, width, dtype=self._dtype)
         for ids, weights in self._parts:
             rows = _centred_unit(table, ids, self._means[side]) * weights.sqrt()[:, None]
             for start in range(0, width, _COLUMNS):  # the upper triangle alone: half of the multiplications
@@ -62,18 +63,18 @@ class Moments:
 
     @cached_property
     def source(self) -> Tensor:
-        """A^'WA^, float64 [ds, ds]: sums of float32 products over some thousand rows each."""
+        """A^'WA^, [ds, ds]."""
         return self._gram(0)
 
     @cached_property
     def target(self) -> Tensor:
-        """B^'WB^, float64 [dt, dt]."""
+        """B^'WB^, [dt, dt]."""
         return self._gram(1)
 
     @cached_property
     def cross(self) -> Tensor:
-        """B^'WA^, float64 [dt, ds]."""
-        found = torch.zeros(self._tables[1].shape[1], self._tables[0].shape[1], dtype=torch.float64)
+        """B^'WA^, [dt, ds]."""
+        found = torch.zeros(self._tables[1].shape[1], self._tables[0].shape[1], dtype=self._dtype)
         for ids, weights in self._parts:
             a, b = (_centred_unit(t, ids, m) for t, m in zip(self._tables, self._means, strict=True))
             found += (b * weights[:, None]).T @ a

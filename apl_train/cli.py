@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from apl_core.errors import APLError, ConfigError
-from apl_train import cli_beyond, cli_make, cli_miniworld
+from apl_train import cli_beyond, cli_make, cli_miniworld, cli_transfer
 from apl_train import config as configs
 
 COMMANDS = {
@@ -34,6 +34,7 @@ COMMANDS = {
     "convert": "embeddings of other tools to prefix files and back, .ckpt models to .safetensors (alone reads pickles)",
     "miniworld": "rebuild the miniature world, or measure it",
     "claims": "the project's targets: measured, short or not run",
+    "transfer": "carry a prefix over to Stable Diffusion XL, from token tables alone",
     "use": "copy a prefix into the folders that hosts read",
     "publish": "write a copy of a prefix with title, author and licence in its metadata",
     "ui": "the same in a page: make, watch, compare and share prefixes",
@@ -100,6 +101,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p = parsers["claims"]
     p.add_argument("--rerun", type=str, default=None, help="measure the claim with this id again")
     p.add_argument("--docs", action="store_true", help="bring the tables of figures in README and docs up to date")
+    cli_transfer.add_options(parsers)
     p = parsers["use"]
     p.add_argument("file", type=str, help="prefix file or name; NAME@STEP for a level")
     p.add_argument("--name", type=str, required=True, help="name to choose it by")
@@ -269,6 +271,10 @@ def _run_claims(args: Namespace) -> int:
     rows = claims.read()
     _tell(args, {"claims": rows}, claims.table(rows))
     return 0
+
+
+def _run_transfer(args: Namespace) -> None:
+    cli_transfer.transfer(args, _tell)
 
 
 def _run_use(args: Namespace) -> None:
