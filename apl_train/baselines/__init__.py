@@ -31,6 +31,9 @@ class _Registry(Mapping[str, Baseline]):
             raise ConfigError(f"method is {name!r}.", f"Use one of: {', '.join(_FILES)}.", field="method")
         return import_module(f"{__name__}.{_FILES[name]}").METHOD
 
+    def __contains__(self, name: object) -> bool:
+        return name in _FILES
+
     def __iter__(self) -> Iterator[str]:
         return iter(_FILES)
 

@@ -119,9 +119,9 @@ def score(source: Any, name: str, instruments: Instruments, base: Ground) -> dic
         observed = instruments.observe(source, f"baselines-{kind}/{name}", [(t, t) for t in texts], base.neutral_seeds)
         moved = drift.paired_latents(texts, base.seen[kind].latents, observed.latents)
         ratio = moved.ratio(drift.two_seed_latents(texts, base.seen[kind].latents))
-        found["drift"][kind] = {"value": moved.mean, "ratio_to_two_seeds": ratio.value, "ci95": _ends(ratio),
-                                "face_rate": float((observed.counts > 0).mean()), "n_prompts": len(texts),
-                                "n_images": len(observed.counts)}
+        found["drift"][kind] = {"value": _finite(moved.mean), "ratio_to_two_seeds": _finite(ratio.value),
+                                "ci95": _ends(ratio), "face_rate": float((observed.counts > 0).mean()),
+                                "n_prompts": len(texts), "n_images": len(observed.counts)}
     return found
 
 

@@ -29,7 +29,8 @@ class Tuned:
 
 def objective(found: Mapping[str, Any]) -> tuple[float, float]:
     """(joint success of the listed, mean ratio of drift to two seeds) of `measure.score`'s figures."""
-    ratios = [kind["ratio_to_two_seeds"] for kind in found["drift"].values()]
+    # pictures that diverged have no distance: as bad as another picture altogether
+    ratios = [1.0 if r is None else r for r in (kind["ratio_to_two_seeds"] for kind in found["drift"].values())]
     return found["listed"]["joint_success"], sum(ratios) / len(ratios) if ratios else 0.0
 
 

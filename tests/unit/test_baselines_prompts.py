@@ -115,6 +115,7 @@ def test_safe_guidance_pushes_where_a_listed_name_stands(backend: Backend) -> No
 
 
 def test_the_registry_names_its_methods() -> None:
+    assert "uce" in BASELINES and "base" not in BASELINES and len(BASELINES) == 8
     for name, method in BASELINES.items():
         assert method.name == name and method.title and "arXiv" in method.paper
         assert method.changes in ("weights", "prompt", "sampler")
