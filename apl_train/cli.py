@@ -1,7 +1,7 @@
 """The `apl` command: one subcommand an activity, help from the dataclasses, plain errors with their way out.
 
-Exit codes: 0 done; 2 wrong settings; 3 prefix file; 5 dataset; 6 model; 7 scores; 8 disk; 9 training; 130 stopped.
-With --json a command prints one JSON object on standard output and nothing else.
+`apl --help` tells the exit codes, which are those of the errors (`help_text.exit_codes`). With --json a command prints
+one JSON object on standard output and nothing else.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from apl_core.errors import APLError, ConfigError
-from apl_train import cli_beyond, cli_make, cli_miniworld, cli_transfer
+from apl_core.errors import APLError, ConfigError, TrainingError
+from apl_train import cli_beyond, cli_make, cli_miniworld, cli_transfer, help_text
 from apl_train import config as configs
 
+_NO_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory", re.IGNORECASE)
 COMMANDS = {
     "demo": "train a prefix on the shipped miniature world, score it and write a report to look at",
     "make": "from a checkpoint to an installed prefix: generate, validate, cache, train, score, install",
@@ -43,10 +45,10 @@ COMMANDS = {
 
 
 def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    top = ArgumentParser(prog="apl", description="Anonymization Prompt Learning: make, use and measure prefixes that "
-                                                 "reduce recognisable likeness of named persons.")
-    sub = top.add_subcommands(required=True, dest="command")
-    parsers = {name: ArgumentParser(prog=f"apl {name}", description=text) for name, text in COMMANDS.items()}
+    top = help_text.parser("", "Anonymization Prompt Learning: make, use and measure prefixes that reduce recognisable "
+                               "likeness of named persons.")
+    sub = top.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    parsers = {name: help_text.parser(name, text) for name, text in COMMANDS.items()}
     p = parsers["demo"]
     p.add_argument("--run", type=Path, default=Path("runs/demo"),
                    help="folder of the run; a second demo reuses what is there")
@@ -94,7 +96,8 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p = parsers["inspect"]
     p.add_argument("file", type=str, help="prefix file or name")
     p = parsers["convert"]
-    p.add_argument("file", type=Path, help="an embedding: .pt, .bin or .safetensors")
+    p.add_argument("file", type=Path,
+                   help="an embedding (.pt, .bin, .safetensors), or a .ckpt model to make a .safetensors of")
     p.add_argument("--out", type=Path, required=True, help="file to write")
     p.add_argument("--to", type=str, default=None, help="write for another tool: a1111, diffusers, kohya, forge-flux")
     cli_miniworld.add_options(parsers["miniworld"])
@@ -130,6 +133,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     parsers["doctor"]
     for name, parser in parsers.items():
         parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+        help_text.name_groups(parser)
         sub.add_subcommand(name, parser, help=COMMANDS[name])
     return top, parsers
 
@@ -333,5 +337,12 @@ def main(argv: list[str] | None = None) -> int:
                               "Install what this command needs: pip install '.[demo]' in the checkout")
         sys.stderr.write(f"error: {missing.message}\n       {missing.hint}\n")
         return missing.exit_code
+    except (MemoryError, RuntimeError) as error:  # CUDA's, Apple's and the CPU's own are all RuntimeErrors
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        sys.stderr.write("error: The memory of this device ran out.\n       Use the preset sd15-8gb or a smaller "
+                         "batch_size, and close other programs. What was saved is kept: the same command, or "
+                         "`apl resume`, goes on.\n")
+        return TrainingError.exit_code
     except KeyboardInterrupt:
         return 130

@@ -8,6 +8,7 @@ import itertools
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,8 +57,53 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
         cli.main([command, "--help"])
     said = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert squeezed(cli.COMMANDS[command]) in squeezed(said) and "--json" in said
+    assert squeezed(cli.COMMANDS[command][1:]) in squeezed(said) and "--json" in said
     assert hasattr(cli, f"_run_{command}")
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_a_terminal_and_speaks_to_people(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*filter(None, [command]), "--help"])
+    said = capsys.readouterr().out
+    assert max(map(len, said.partition("\n\n")[2].splitlines())) <= 80  # argparse cannot break the usage's choices
+    for odd in ("<class", "default: null", "default: None", "default: )", "default: [", "__post_init__"):
+        assert odd not in said
+
+
+def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    listed = capsys.readouterr().out.partition("exit codes:")[2].split("\n")
+    assert [int(line.split()[0]) for line in listed if line[:3].strip()] == [0, 2, 3, 4, 5, 6, 7, 8, 9, 130]
+
+
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+])
+def test_memory_that_runs_out_anywhere_is_told(
+    error: BaseException, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run_doctor", full)
+    assert cli.main(["doctor"]) == 9
+    assert "sd15-8gb" in capsys.readouterr().err
+
+
+def test_other_errors_of_the_libraries_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_args: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(cli, "_run_doctor", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.main(["doctor"])
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
