@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from apl_core.errors import APLError, ConfigError, TrainingError
-from apl_train import cli_beyond, cli_make, cli_miniworld, cli_transfer, help_text
+from apl_train import cli_beyond, cli_make, cli_miniworld, cli_score, cli_transfer, help_text
 from apl_train import config as configs
 
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory", re.IGNORECASE)
@@ -29,7 +29,7 @@ COMMANDS = {
     "train": "learn a prefix (equations 2-7)",
     "resume": "go on with an interrupted training",
     "sample": "pictures without and with a prefix, at equal seeds",
-    "score": "ID-ACC, faces, attributes and drift of a prefix",
+    "score": "ID-ACC, faces, attributes and drift of a prefix; with --images, of pictures that are there already",
     "blend": "a prefix at another strength, on the line from a null prefix",
     "pseudo": "bind faces of fictional persons to new words, for a training against DreamBooth",
     "inspect": "what a prefix file says of itself",
@@ -78,21 +78,7 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance")
     p.add_argument("--out", type=Path, default=Path("runs/sample"), help="folder for the pictures")
     cli_beyond.add_options(parsers)
-    p = parsers["score"]
-    p.add_argument("--prefix", type=str, default=None,
-                   help="prefix file or name; without one the model alone is scored")
-    p.add_argument("--base-model", type=str, default="miniature",
-                   help='"miniature", a diffusers folder or a .safetensors file')
-    p.add_argument("--persons", type=str, default="miniature",
-                   help="folder with people.csv, references and neutral.csv")
-    p.add_argument("--recogniser", type=str, default="miniature",
-                   help='"miniature", "miniature2", a recogniser.json, or an insightface pack such as buffalo_l')
-    p.add_argument("--splits", type=str, nargs="+", default=["train", "test"], help="of train, test, final")
-    p.add_argument("--seeds", type=int, default=8, help="pictures of each person and condition")
-    p.add_argument("--limit", type=int, default=None, help="first so many persons of each split")
-    p.add_argument("--phrase", type=str, default=None, help='hand-written control, such as "a fan of {}"')
-    p.add_argument("--out", type=Path, default=Path("runs/score/scores.json"), help="where scores.json goes")
-    p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="keeps what does not depend on the prefix")
+    cli_score.add_options(parsers["score"])
     p = parsers["inspect"]
     p.add_argument("file", type=str, help="prefix file or name")
     p = parsers["convert"]
@@ -222,12 +208,7 @@ def _run_pseudo(args: Namespace) -> None:
 
 
 def _run_score(args: Namespace) -> None:
-    from apl_train.scoring import score
-    from apl_train.table import score_table
-
-    scores = score(args.prefix, args.base_model, args.persons, args.recogniser, splits=args.splits, seeds=args.seeds,
-                   limit=args.limit, phrase=args.phrase, out=args.out, cache=args.cache)
-    _tell(args, scores, f"{score_table(scores)}\n\nwrote {args.out}")
+    cli_score.run(args, _tell)
 
 
 def _run_inspect(args: Namespace) -> None:
