@@ -3,7 +3,7 @@
 DreamBooth and textual inversion bind a person to a new word after the prefix was learned; a prefix that met names only
 lowers such likeness little (paper sec. 4.4: 0.53 to 0.43). So faces of fictional persons are bound to words by textual
 inversion (Gal et al. 2022: the word's vectors alone are learned, by the denoising loss) and become rows of S_ID: c1 is
-"A photo of <face-1a2b3c4d>", c2 the picture's description.
+"A photo of <face-1a2b3c4d>" or "... <face-1a2b3c4d> woman", as DreamBooth names people, c2 the picture's description.
 
 A folder of them is an S_ID folder with one more file, `words.safetensors`. A word is named by the hash of its vectors,
 so that cached states of captions with it never belong to other vectors.
@@ -15,6 +15,7 @@ import contextlib
 import csv
 import io
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,14 @@ from apl_train.text import TextStack
 WORDS = "words.safetensors"
 TEMPLATES = ("A photo of {}", "A portrait of {}", "A close-up photo of {}", "A close-up portrait of {}")
 """The paper's (sec. 4.1)."""
+NOUNS = {"woman": ("female", "woman", "lady", "girl"), "man": ("male", "man", "gentleman", "boy")}
+"""What a person is called, by words of a description."""
+
+
+def noun_in(description: str) -> str:
+    """"woman", "man", or "person" where a description says neither."""
+    words = re.findall(r"\w+", description.lower())
+    return next((noun for noun, said in NOUNS.items() if set(said) & set(words)), "person")
 
 
 @dataclass(frozen=True)
@@ -108,11 +117,13 @@ def _rows_learned(text: TextStack, words: Sequence[str], vectors: Tensor) -> Ite
 
 
 def invert(backend: Backend, latents: Sequence[Tensor], settings: Inversion,
-           progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, list[float]]:
+           progress: Callable[[int, int], None] | None = None, *,
+           nouns: Sequence[str] = ()) -> tuple[Tensor, list[float]]:
     """Textual inversion of n identities at once: vectors float32 [n, k, width], and the mean loss of every step.
 
     latents: of each identity float32 [pictures, 4, h, w], as `Backend.to_latents` gives them. Identities share batches
-    but not gradients: each step draws `batch_size` of (identity, picture, timestep, noise, template).
+    but not gradients: each step draws `batch_size` of (identity, picture, timestep, noise, template). Half of the
+    captions have the identity's noun behind the word, where there are `nouns`.
     """
     text, n = backend.text, len(latents)
     start = text.tokenize(settings.start)
@@ -136,7 +147,8 @@ def invert(backend: Backend, latents: Sequence[Tensor], settings: Inversion,
             t = torch.randint(1000, (settings.batch_size,), generator=g)
             x0 = torch.stack([latents[i][int(torch.randint(len(latents[i]), (), generator=g))] for i in who])
             noise = torch.randn(x0.shape, generator=g)
-            prompts = [rng.choice(TEMPLATES).replace("{}", words[i]) for i in who]
+            called = [f"{words[i]} {nouns[i]}" if nouns and rng.random() < 0.5 else words[i] for i in who]
+            prompts = [rng.choice(TEMPLATES).replace("{}", name) for name in called]
             found = backend.predict(add_noise(x0, noise, t, backend.alphas_bar), t, backend.encode(prompts))
             loss = (found - noise.to(found.device)).square().mean()
             adam.zero_grad()
@@ -179,19 +191,22 @@ def make_pseudo(backend: Backend, faces: Dataset, out: Path, *, count: int = 16,
     if not rows:
         raise DatasetError(f"{faces.folder} shows no face.", "Use a set with rows of kind face or id.", field="faces")
     latents = [backend.to_latents(faces.images(of_one)) for of_one in rows]
-    vectors, _ = invert(backend, latents, settings, progress)
+    nouns = [noun_in(faces.records[of_one[0]].c2) for of_one in rows]
+    vectors, _ = invert(backend, latents, settings, progress, nouns=nouns)
     words = {word_of(one): one.contiguous() for one in vectors}
     pictures = PictureFolder(faces.folder)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     try:
-        for word, of_one in zip(words, rows, strict=True):
+        for i, (word, of_one) in enumerate(zip(words, rows, strict=True)):
             for row in of_one:
                 record = faces.records[row]
                 name = f"{word.strip('<>')}-{row}{Path(record.image).suffix}"
                 write_bytes(out / name, pictures.read(record.image))
-                prompt = TEMPLATES[row % len(TEMPLATES)].replace("{}", word)
+                # every other one as DreamBooth would say it
+                called = f"{word} {nouns[i]}" if (i + row) % 2 else word
+                prompt = TEMPLATES[i % len(TEMPLATES)].replace("{}", called)
                 writer.writerow([name, word, prompt, record.c2, "id"])
     finally:
         pictures.close()

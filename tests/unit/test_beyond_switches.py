@@ -19,7 +19,7 @@ from apl_train.bank import TargetBank, add_noise, draw_rows, draw_scales
 from apl_train.config import TrainConfig, from_dict, preset
 from apl_train.dataset import problems, read_dataset
 from apl_train.model_files import read_parts
-from apl_train.pseudo_identity import Inversion, add_words, invert, make_pseudo, read_words, word_of
+from apl_train.pseudo_identity import Inversion, add_words, invert, make_pseudo, noun_in, read_words, word_of
 from apl_train.samples import TrainingSet
 from apl_train.state import seed_of, step_generator
 from apl_train.trainer import Trainer
@@ -238,8 +238,12 @@ def test_pseudo_identities_are_an_s_id_folder_with_words(world: WORLD, pseudo) -
     assert [r.c2 for r in records] == ["a man with hats", "a lady"]  # the longest description first
     for record in records:
         ids = backend.text.tokenize(record.c1)
-        assert torch.equal(backend.text.embedding_table()[ids[-2:]], words[record.name])
-        assert ids[:-2] == backend.text.tokenize(record.c1.replace(record.name, ""))
+        before, after = (backend.text.tokenize(part) for part in record.c1.split(record.name))
+        assert ids[: len(before)] == before and ids[len(before) + 2 :] == after
+        assert torch.equal(backend.text.embedding_table()[ids[len(before) : len(before) + 2]], words[record.name])
+    assert {r.c1.split(r.name)[1] for r in records} <= {"", " man", " woman"}
+    assert [noun_in(t) for t in ("A female cook", "an old man", "two boys", "Women")] == [
+        "woman", "man", "person", "person"]
     config = TrainConfig(pseudo_share=0.25, id_share=1.0, batch_size=400)
     rows = draw_rows(data, config, torch.Generator().manual_seed(0), 400).tolist()
     assert 60 < sum(data.kinds[r] == "pseudo" for r in rows) < 140 and data.count_id(torch.tensor(rows)) == 400
