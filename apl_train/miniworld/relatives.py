@@ -40,8 +40,8 @@ class Recipe:
     style: str = "drawn"
 
 
-RECIPES = {"1.4": Recipe(seed=1_400_017, steps=1200, lr=7e-4),
-           "realistic": Recipe(seed=5_100_011, steps=1200, lr=7e-4, style="restyled")}
+RECIPES = {"1.4": Recipe(seed=1_400_017, steps=900, lr=7e-4),
+           "realistic": Recipe(seed=5_100_011, steps=900, lr=7e-4, style="restyled")}
 
 
 def restyled_pairs(build: Build, *, own: int = 12, doubles: int = 5, strangers: int = 1200, things: int = 3) -> Pairs:
