@@ -45,13 +45,13 @@ class Plan:
     """
 
     persons: int = 16
-    seeds: int = 4
+    seeds: int = 2
     prompts: int = 8
     prompt_seeds: int = 2
     tuning_persons: int = 12
     tuning_seeds: int = 2
     tuning_steps: int = 10
-    tuning_prompts: int = 6
+    tuning_prompts: int = 4
 
     def __post_init__(self) -> None:
         for name, low in (("persons", 2), ("seeds", 1), ("prompts", 1), ("prompt_seeds", 2)):

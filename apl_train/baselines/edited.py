@@ -46,9 +46,21 @@ def text_projections(unet: nn.Module, parts: str) -> list[tuple[str, nn.Linear]]
             for part in parts]
 
 
+_drawn: dict[tuple[Any, ...], Tensor] = {}
+"""The last pictures of `pictures_of`: a grid of settings asks for the same ones again and again."""
+
+
 @torch.no_grad()
 def pictures_of(backend: Backend, prompts: Sequence[str], seed: int, *, steps: int = 10) -> Tensor:
     """Final latents of the frozen model, one a prompt: float32 [N, 4, h, w]. Few steps: they are noised again."""
+    key = (backend.sha256, str(backend.dtype), tuple(prompts), seed, steps)
+    if key not in _drawn:
+        _drawn.clear()
+        _drawn[key] = _draw(backend, prompts, seed, steps)
+    return _drawn[key].clone()
+
+
+def _draw(backend: Backend, prompts: Sequence[str], seed: int, steps: int) -> Tensor:
     return backend.sample(prompts, [seed * 100_003 + row for row in range(len(prompts))], steps=steps,
                           decode=False).latents
 

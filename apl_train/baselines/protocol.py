@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor
 
-from apl_core.errors import ConfigError
+from apl_core.errors import ConfigError, ModelError
 from apl_train.backend import Backend, Samples
 
 
@@ -33,7 +33,7 @@ class Prepared:
 
     Attributes:
         name: of the method.
-        seconds: what preparing took.
+        seconds: what preparing took by the clock; pictures that an earlier preparation drew are not drawn again.
         notes: plain values: the settings, how many persons were on the list, what the method reports of itself.
         sha256: stands for model, method, settings and list, so that pictures can be told apart; lowercase hex.
     """
@@ -95,17 +95,22 @@ class Baseline(ABC):
 
         Raises:
             ConfigError: nobody on the list, an unknown setting, or one that is out of range.
+            ModelError: a model of another family than Stable Diffusion 1.
         """
         if not persons:
             raise ConfigError(f"{self.name} was given nobody.", "Name at least one person.", field="persons")
+        if backend.family != "sd1":
+            raise ModelError(f"{backend.name} is of the family {backend.family}; baselines are written for sd1.",
+                             "Use a Stable Diffusion 1.x model.", field="family")
         for key in settings or {}:
             if key not in self.defaults:
                 raise ConfigError(f"{self.name} has no setting {key!r}.", f"Known: {', '.join(self.defaults)}.",
                                   field=str(key))
         chosen = {**self.defaults, **(settings or {})}
-        began = time.monotonic()
+        began, worked = time.monotonic(), time.process_time()
         edited, found = self.edit(backend, persons, chosen, keep=keep, seed=seed)
-        notes = {"settings": chosen, "persons_on_list": len(persons), "kept_captions": len(keep), "seed": seed, **found}
+        notes = {"settings": chosen, "persons_on_list": len(persons), "kept_captions": len(keep), "seed": seed,
+                 "cpu_seconds": round(time.process_time() - worked, 3), **found}
         names = [[p.name, p.description] for p in persons]
         digest = hashlib.sha256(json.dumps([backend.sha256, self.name, chosen, names, list(keep), seed],
                                            sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes import tiny_models as tiny
 
-from apl_core.errors import ConfigError
+from apl_core.errors import ConfigError, ModelError
 from apl_train.backend import Backend
 from apl_train.baselines import BASELINES
 from apl_train.baselines.edited import text_projections
@@ -182,5 +182,8 @@ def test_settings_that_cannot_be_are_refused(backend: Backend) -> None:
         assert caught.value.field == field and caught.value.hint
     with pytest.raises(ConfigError, match="given nobody"):
         BASELINES["uce"].prepare(backend, [])
+    larger = SimpleNamespace(family="sdxl", name="big")
+    with pytest.raises(ModelError, match="big is of the family sdxl"):
+        BASELINES["uce"].prepare(larger, PEOPLE)
     with pytest.raises(ConfigError, match="method is 'mace'"):
         BASELINES["mace"]

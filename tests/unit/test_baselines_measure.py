@@ -74,6 +74,7 @@ class FakeModel:
     faceless: bool = False
     listed: int = 8
     sha256: str = "m" * 64
+    family: str = "sd1"
 
     def draw(self, prompt: str, seed: int) -> np.ndarray:
         named = next((p for p in PERSONS if p.name in prompt), None)
