@@ -32,7 +32,8 @@ def html(value: str | Callable[[], str] = "", *, every: float | None = None, **o
 def copy_box(label: str, value: str = "") -> gr.Textbox:
     """A line to copy from, with a button for it."""
     button: dict[str, Any] = {"buttons": ["copy"]} if MAJOR >= 6 else {"show_copy_button": True}
-    return gr.Textbox(value=value, label=label, lines=1, max_lines=4, interactive=False,
+    # the beginning of a long line says what it is: nothing scrolls to its end
+    return gr.Textbox(value=value, label=label, lines=3, max_lines=6, interactive=False, autoscroll=False,
                       elem_classes="apl-command", **button)
 
 

@@ -293,6 +293,9 @@ class Desk:
         name, _, step = str(choice or "").rpartition(" @ ")
         run = self.run(name)
         if run is None or not step.isdigit() or int(step) not in run.levels:
+            if not self.prefixes():
+                raise core("errors").ConfigError("There is no prefix yet.", 'Make one under "New prefix".',
+                                                 field="prefix")
             raise core("errors").ConfigError("No prefix is chosen.", "Choose one from the list.", field="prefix")
         return run.levels[int(step)]
 

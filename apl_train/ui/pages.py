@@ -28,6 +28,7 @@ CODES = {
 STAGES = ("generate", "validate", "cache", "train", "score", "install")
 SHOWN_LEVELS = 6
 SCORE_FROM, SCORE_TO = 0.0, 0.8
+WARM = "--apl-warm"
 
 
 def style() -> str:
@@ -45,7 +46,7 @@ def step(number: int, title: str, text: str) -> str:
 
 
 def heading(title: str, text: str) -> str:
-    return body(f"<h2>{escape(title)}</h2><p class='apl-dim'>{escape(text)}</p>")
+    return body(f"<h2>{escape(title)}</h2><p class='apl-dim apl-lines'>{escape(text)}</p>")
 
 
 def said(what: Said | None) -> str:
@@ -78,7 +79,8 @@ def pill(state: str) -> str:
 
 def bar(run: Run) -> str:
     share = 100 * min(1.0, run.step / run.steps) if run.steps else 0.0
-    return f'<div class="apl-bar" title="{share:.0f}%"><i style="width:{share:.1f}%"></i></div>'
+    return (f'<div class="apl-bar" role="progressbar" aria-label="steps done" aria-valuemin="0" aria-valuemax="100" '
+            f'aria-valuenow="{share:.0f}" title="{share:.0f}%"><i style="width:{share:.1f}%"></i></div>')
 
 
 def strip(active: Run | None, waiting: int, *, tell: bool = True) -> str:
@@ -113,9 +115,11 @@ def run_list(found: Sequence[Run], waiting: Sequence[Job], selected: str) -> str
     for run in sorted(found, key=lambda run: (order.get(run.name, len(order)), -run.changed)):
         share = f"{100 * run.step // run.steps}%" if run.steps else ""
         chosen = ' class="on"' if run.name == selected else ""
-        rows.append(f"<tr{chosen}><td><b>{escape(run.name)}</b></td><td>{pill(run.state)}</td><td>{share}</td>"
+        name = escape(run.name)
+        rows.append(f'<tr{chosen}><td><b title="{name}">{name}</b></td><td>{pill(run.state)}</td><td>{share}</td>'
                     f'<td class="apl-dim">{ago(run.changed)}</td></tr>')
-    return body(f'<div class="apl-scroll"><table class="apl-list">{"".join(rows)}</table></div>')
+    table = f'<table class="apl-list apl-all" aria-label="All runs">{"".join(rows)}</table>'
+    return body(f'<div class="apl-scroll">{table}</div>')
 
 
 def status(run: Run | None, *, tell: bool = True) -> str:
@@ -232,13 +236,14 @@ def previews(run: Run | None) -> str:
     heads = "".join(f"<th>step {step:,}</th>" for step in steps)
     rows = []
     for i, first in enumerate(run.previews[steps[0]]):
-        cells = [f'<td class="bare">{_face(folder, first.off, first.off_score, "--apl-warm")}</td>']
+        bare = face(folder, first.off, first.off_score, f"{first.name}, without the prefix", WARM)
+        cells = [f'<td class="bare">{bare}</td>']
         for step in steps:
             shown = run.previews[step]
             person = shown[i] if i < len(shown) and shown[i].name == first.name else None
-            cells.append(f"<td>{_face(folder, person.on, person.on_score) if person else ''}</td>")
-        rows.append(f'<tr><th class="who" scope="row">{escape(first.name)}<small>{escape(_split(first))}</small></th>'
-                    f'{"".join(cells)}</tr>')
+            words = f"{first.name}, with the prefix of step {step:,}"
+            cells.append(f"<td>{face(folder, person.on, person.on_score, words) if person else ''}</td>")
+        rows.append(f'<tr>{who(first)}{"".join(cells)}</tr>')
     scored = any(p.on_score is not None for step in steps for p in run.previews[step])
     note = ("Under each face: likeness to the person, 1 = the same face, near 0 = a stranger." if scored else
             "No face recogniser is installed for this checkpoint, so the faces carry no score.")
@@ -247,8 +252,10 @@ def previews(run: Run | None) -> str:
                 f'</div><p class="apl-dim">{note}</p></div>')
 
 
-def _split(person: Preview) -> str:
-    return {"train": "learned on", "test": "never seen in training"}.get(person.split, person.split)
+def who(person: Preview) -> str:
+    """The head of a person's row."""
+    split = {"train": "learned on", "test": "never seen in training"}.get(person.split, person.split)
+    return f'<th class="who" scope="row">{escape(person.name)}<small>{escape(split)}</small></th>'
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:
@@ -258,9 +265,10 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
     return sorted({steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)})
 
 
-def _face(folder: Path, name: str, score: float | None, colour: str = "--apl-accent") -> str:
+def face(folder: Path, name: str, score: float | None, words: str, colour: str = "--apl-accent") -> str:
+    """A face and its score; `words` say what it shows to those who cannot see it."""
     uri = thumbs.of_file(folder, name)
-    picture = f'<img src="{uri}" alt="">' if uri else '<img alt="no picture">'
+    picture = f'<img src="{uri}" alt="{escape(words)}">' if uri else '<img alt="no picture">'
     if score is None:
         return f'{picture}<span class="apl-dim">–</span>'
     share = 100 * min(1.0, max(0.0, (score - SCORE_FROM) / (SCORE_TO - SCORE_FROM)))
@@ -272,78 +280,11 @@ def sheet(found: Sequence[thumbs.Card], total: int, title: str) -> str:
     """A contact sheet: pictures with the two texts that are learned from."""
     figures = []
     for card in found:
-        picture = f'<img src="{card.uri}" alt="">' if card.uri else '<div class="none">no picture</div>'
+        picture = '<div class="none">no picture</div>'
+        if card.uri:
+            picture = f'<img src="{card.uri}" alt="{escape(card.prompt)}">'
         texts = [f"<b>{escape(card.name)}</b>" if card.name else "", escape(card.prompt),
                  f'<span class="apl-dim">{escape(card.description)}</span>' if card.description else ""]
         figures.append(f'<figure>{picture}<figcaption>{"<br>".join(t for t in texts if t)}</figcaption></figure>')
     return body(f"<h3>{escape(title)}: {len(found)} of {total:,} pictures</h3>"
                 f'<div class="apl-sheet">{"".join(figures)}</div>')
-
-
-def compared(a: Run | None, b: Run | None, *, tell: bool = True) -> str:
-    """Two runs side by side: settings that differ, both curves in one chart, scores and, if `tell`, last pictures."""
-    if a is None or b is None:
-        return body('<div class="apl-empty">Choose two runs.</div>')
-    keys = [key for key in dict.fromkeys([*a.config, *b.config]) if key != "config_version"]
-    rows = "".join(
-        f'<tr><td class="apl-dim">{escape(key)}</td><td class="diff">{escape(str(a.config.get(key, "–")))}</td>'
-        f'<td class="diff">{escape(str(b.config.get(key, "–")))}</td></tr>'
-        for key in keys if a.config.get(key) != b.config.get(key)) or \
-        '<tr><td colspan="3" class="apl-dim">Both have the same settings.</td></tr>'
-    legend = "".join(f'<span class="apl-key" style="background:{colour}"></span>{escape(run.name)}'
-                     for run, colour in zip((a, b), curves.COLOURS, strict=False))
-    charts = []
-    for column, title in ((1, "L_ID"), (2, "L_Reg")):
-        lines = [(run.name, [(r[0], r[column]) for r in run.losses if r[column] is not None]) for run in (a, b)]
-        charts.append(f'<div class="apl-box"><h3>{title}</h3>'
-                      f"{curves.loss_chart(f'{title} of both runs', lines, max(a.steps, b.steps))}</div>")
-    scored = "".join(f"<tr><td class='apl-dim'>{label}</td><td>{one}</td><td>{two}</td></tr>"
-                     for label, one, two in _score_rows(a, b))
-    names = f"<tr><th></th><th>{escape(a.name)}</th><th>{escape(b.name)}</th></tr>"
-    tables = "".join(f'<div class="apl-box"><h3>{title}</h3><div class="apl-scroll"><table class="apl-list">{names}'
-                     f"{content}</table></div></div>"
-                     for title, content in (("What was set differently", rows), ("What came out", scored)))
-    return body(f'<div class="apl-charts">{tables}</div>',
-                f"<p>{legend}</p>", f'<div class="apl-charts">{"".join(charts)}</div>',
-                _faces_of_both(a, b) if tell else "")
-
-
-def _score_rows(a: Run, b: Run) -> list[tuple[str, str, str]]:
-    rows = [("steps", f"{a.step:,}", f"{b.step:,}"), ("state", STATES[a.state], STATES[b.state])]
-    for label, split in (("last pictures, persons learned on", "train"),
-                         ("last pictures, persons never seen", "test")):
-        rows.append((f"ID-ACC, {label.partition(', ')[2]}", *(id_acc(run, split) or "not measured" for run in (a, b))))
-        rows.append((label, *(_drawn(run, split) for run in (a, b))))
-    return rows
-
-
-def _drawn(run: Run, split: str) -> str:
-    """Mean score of the last pictures, without -> with."""
-    last = run.previews[max(run.previews)] if run.previews else ()
-    rows = [p for p in last if p.split == split]
-    off = [p.off_score for p in rows if p.off_score is not None]
-    on = [p.on_score for p in rows if p.on_score is not None]
-    if not off or not on:
-        return "not measured"
-    return f"{sum(off) / len(off):.2f} → <b>{sum(on) / len(on):.2f}</b> <span class='apl-dim'>n = {len(on)}</span>"
-
-
-def _faces_of_both(a: Run, b: Run) -> str:
-    if not a.previews or not b.previews:
-        return ""
-    last = [(run, run.previews[max(run.previews)], training_folder(run.folder) / "previews") for run in (a, b)]
-    rows = []
-    for i, person in enumerate(last[0][1]):
-        other = next((p for p in last[1][1] if p.name == person.name), None)
-        if other is None:
-            continue
-        rows.append(f'<tr><th class="who" scope="row">{escape(person.name)}<small>{escape(_split(person))}</small></th>'
-                    f'<td class="bare">{_face(last[0][2], person.off, person.off_score, "--apl-warm")}</td>'
-                    f"<td>{_face(last[0][2], person.on, person.on_score)}</td>"
-                    f"<td>{_face(last[1][2], other.on, other.on_score)}</td></tr>")
-        if i == 7:
-            break
-    if not rows:
-        return ""
-    heads = f'<tr><th></th><th class="bare">without</th><th>{escape(a.name)}</th><th>{escape(b.name)}</th></tr>'
-    return f'<div class="apl-box"><h3>Last pictures</h3><table class="apl-faces">{heads}{"".join(rows)}</table></div>'

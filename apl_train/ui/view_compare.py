@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import commands, compat, pages
+from . import commands, comparison, compat, pages
 from .desk import Desk
 
 
@@ -43,7 +43,7 @@ def build(desk: Desk) -> compat.Listener:
 
 
 def _table(desk: Desk, a: str, b: str) -> str:
-    return pages.compared(desk.run(a), desk.run(b), tell=desk.place.may_start)
+    return comparison.compared(desk.run(a), desk.run(b), tell=desk.place.may_start)
 
 
 def _command(desk: Desk, a: str, b: str) -> str:

@@ -124,8 +124,9 @@ def build(desk: Desk, started: Callable[[Said], tuple[Any, ...]], outputs: list[
         shown = begin(desk.draw, *values)
         run = desk.run(desk.selected)
         made = run is not None and run.job is not None and run.job.kind == "generate"
-        sets = (str(run.folder / "s_id"), str(run.folder / "s_reg")) if made else (compat.update(), compat.update())
-        return (*shown, *sets)
+        if not made:
+            return (*shown, *(compat.update() for _ in range(3)))
+        return (*shown, OWN, str(run.folder / "s_id"), str(run.folder / "s_reg"))  # what is looked at and used next
 
     def lines(*values: Any) -> tuple[str, str]:
         return line(desk, form, *values), train_line(desk, form, *values)
@@ -151,7 +152,7 @@ def build(desk: Desk, started: Callable[[Said], tuple[Any, ...]], outputs: list[
     compat.on(form.check.click, lambda *values: pages.said(desk.check(form.wish(*values))), form.inputs, [form.checked],
               busy=True)
     compat.on(form.look.click, lambda *values: _sheet(desk, form.wish(*values)), form.inputs, [form.sheet], busy=True)
-    compat.on(form.draw.click, draw_only, form.inputs, [answer, *outputs, form.s_id, form.s_reg])
+    compat.on(form.draw.click, draw_only, form.inputs, [answer, *outputs, form.source, form.s_id, form.s_reg])
     compat.on(make.click, lambda *values: begin(desk.make, *values), form.inputs, [answer, *outputs])
     compat.on(start.click, only_train, form.inputs, [answer, *outputs])
 

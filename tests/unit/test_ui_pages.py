@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apl_train.ui import curves, pages, thumbs
+from apl_train.ui import comparison, curves, pages, thumbs
 from apl_train.ui.desk import Said
 from apl_train.ui.jobs import FAILED, LOST, RUNNING, Job
 from apl_train.ui.place import Place
@@ -84,7 +84,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
     other = Run(tmp_path / "b", (), "done", config={"base_model": "y"})
     card = thumbs.Card("", HOSTILE, HOSTILE, HOSTILE, HOSTILE)
     for text in (pages.status(run), pages.previews(run), pages.log(run), pages.strip(run, 1), pages.said(Said(HOSTILE)),
-                 pages.run_list([run], [], ""), pages.compared(run, other), pages.sheet([card], 1, HOSTILE),
+                 pages.run_list([run], [], ""), comparison.compared(run, other), pages.sheet([card], 1, HOSTILE),
                  pages.heading(HOSTILE, HOSTILE), pages.top(Place(host=HOSTILE))):
         assert "onerror" not in re.sub(r"&lt;img src=x onerror=alert\(1\)&gt;", "", text)
         assert "<textarea" not in text and "</textarea" not in text
@@ -134,7 +134,7 @@ def test_measured_scores_are_shown_and_nothing_else_passes_for_one(tmp_path: Pat
     scores = {"persons": {"test": {"off": {"id_acc_mean": 0.547}, "on": {"id_acc_mean": 0.239}}}}
     run = Run(tmp_path, (), "done", scores=scores)
     assert "0.55 → <b>0.24</b>" in pages.status(run) and "ID-ACC" in pages.status(run)
-    assert "0.55 → <b>0.24</b>" in pages.compared(run, run)
+    assert "0.55 → <b>0.24</b>" in comparison.compared(run, run)
     for odd in ({}, {"persons": []}, {"persons": {"test": {"off": {"id_acc_mean": "<b>"}, "on": {}}}}):
         assert pages.id_acc(Run(tmp_path, (), "done", scores=odd), "test") == ""
 
@@ -143,8 +143,8 @@ def test_where_others_look_no_log_is_shown(tmp_path: Path) -> None:
     run = hostile_run(tmp_path / "a")
     for text in (pages.status(run, tell=False), pages.strip(run, 0, tell=False), pages.crash(run, tell=False)):
         assert "alert(1)" not in text.replace("checkpoint &lt;img src=x onerror=alert(1)", "")
-    assert "Last pictures" not in pages.compared(run, run, tell=False)
-    assert "Last pictures" in pages.compared(run, run)
+    assert "Last pictures" not in comparison.compared(run, run, tell=False)
+    assert "Last pictures" in comparison.compared(run, run)
 
 
 def test_faces_carry_their_scores_and_many_levels_are_thinned(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_runs_that_wait_stand_in_their_order_before_the_others(tmp_path: Path) -
     made = {name: Run(tmp_path / name, (), "done", changed=when) for name, when in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
     waiting = [job(tmp_path / name, "queued") for name in ("b", "a")]
     text = pages.run_list(list(made.values()), waiting, "c")
-    assert re.findall(r"<b>(\w)</b>", text) == ["b", "a", "c"] and text.count('class="on"') == 1
+    assert re.findall(r"<b title=\"\w\">(\w)</b>", text) == ["b", "a", "c"] and text.count('class="on"') == 1
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h"),
