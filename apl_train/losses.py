@@ -47,6 +47,15 @@ def reg_loss(eps_ap: Tensor, eps_c: Tensor) -> Tensor:
     return squared_error(eps_ap, eps_c)
 
 
+def released_loss(eps_ap: Tensor, eps_c2: Tensor, alpha: float | Tensor) -> Tensor:
+    """What the paper's released code minimises (shiliang26/APL train.py at 8e14d91), of samples of either set.
+
+    It encodes c1 of equation 5's target WITH the prefix, so that the target moves along with the prediction: the
+    gradient is (1 + alpha) times that of alpha = 0, a factor that Adam divides out again. float32 [N].
+    """
+    return id_loss(eps_ap, eps_ap.detach().float(), eps_c2.float(), alpha)
+
+
 def apl_loss(l_id: Tensor, l_reg: Tensor, reg_weight: float = 1.0) -> Tensor:
     """L_APL = L_ID + L_Reg over a mixed batch (paper sec. 3.5): the mean over all of its samples, a scalar.
 

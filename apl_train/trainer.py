@@ -30,7 +30,7 @@ from apl_train.backend import Backend
 from apl_train.bank import Batch, FreshTargets, TargetBank, Targets, draw_scales
 from apl_train.config import TrainConfig, from_dict
 from apl_train.events import EventLog
-from apl_train.losses import apl_loss, guided_alpha, id_loss, reg_loss
+from apl_train.losses import apl_loss, guided_alpha, id_loss, reg_loss, released_loss
 from apl_train.processes import Processes, ProcessLost, this_process
 from apl_train.samples import TrainingSet
 from apl_train.state import TrainState, load_state, save_state, seed_of
@@ -217,8 +217,12 @@ class Trainer:
                                        position=self.config.placement, overflow="trim")
         eps = course.backend.predict(batch.x_t, batch.t, states).to(batch.eps_c1.device)
         n = batch.n_id
-        l_id = id_loss(eps[:n], batch.eps_c1[:n], batch.eps_c2[:n], self._alpha(batch))
-        l_reg = reg_loss(eps[n:], batch.eps_c1[n:])
+        if self.config.loss == "released":
+            l_id, l_reg = (released_loss(eps[rows], batch.eps_c2[rows], self.config.alpha)
+                           for rows in (slice(n), slice(n, None)))
+        else:
+            l_id = id_loss(eps[:n], batch.eps_c1[:n], batch.eps_c2[:n], self._alpha(batch))
+            l_reg = reg_loss(eps[n:], batch.eps_c1[n:])
         # this process's part of the mean over the whole batch
         loss = apl_loss(l_id, l_reg, self.config.reg_weight) * (len(batch.rows) / batch.total)
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from apl_train.losses import anonymized_target, apl_loss, guided_alpha, id_loss, reg_loss
+from apl_train.losses import anonymized_target, apl_loss, guided_alpha, id_loss, reg_loss, released_loss
 
 
 @pytest.fixture
@@ -61,3 +61,22 @@ def test_guided_loss_is_that_of_combined_predictions_over_s_squared(eps: dict[st
 def test_a_null_prefix_is_equation_5_at_minus_one(eps: dict[str, torch.Tensor]) -> None:
     found = id_loss(eps["ap"], eps["c1"], eps["c2"], -1.0)
     assert torch.allclose(found, reg_loss(eps["ap"], eps["c1"]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 4.0])
+def test_the_released_loss_has_the_direction_of_alpha_0(eps: dict[str, torch.Tensor], alpha: float) -> None:
+    """By hand: 2 (1 + alpha) (eps_ap - eps_c2) / n: Adam, which divides by the gradient's size, sees no alpha."""
+    ap = eps["ap"].clone().requires_grad_()
+    loss = released_loss(ap, eps["c2"], alpha)
+    loss.sum().backward()
+    difference = (eps["ap"] - eps["c2"]).numpy().astype(np.float64)
+    assert np.allclose(ap.grad.numpy(), 2 * (1 + alpha) * difference / 16, rtol=1e-4, atol=1e-6)
+    by_hand = ((1 + alpha) ** 2 * difference**2).sum((1, 2, 3)) / 16
+    assert np.allclose(loss.detach().numpy(), by_hand, rtol=1e-4)
+
+
+def test_the_released_loss_does_not_know_c1(eps: dict[str, torch.Tensor]) -> None:
+    """Equation 5 with c1 encoded with the prefix: whatever c1 alone predicts, the loss is the same."""
+    written_out = id_loss(eps["ap"], eps["ap"], eps["c2"], 1.0)
+    assert torch.allclose(released_loss(eps["ap"], eps["c2"], 1.0), written_out, rtol=1e-5)
+    assert not torch.allclose(id_loss(eps["ap"], eps["c1"], eps["c2"], 1.0), written_out, rtol=1e-2)
