@@ -25,7 +25,10 @@ FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "claims.json"
 MARKED = re.compile(r"(<!-- claims: ([^>]*?) -->)\n.*?(<!-- end -->)", re.S)
 CARD = "apl miniworld card"
 PREFIX = "apl miniworld prefix"
-FIGURES = "apl miniworld figures"
+TABLE2 = "apl evaluate --preset miniature --only table2"
+FIG5 = "apl evaluate --preset miniature --only fig5"
+FIG6 = "apl evaluate --preset miniature --only fig6"
+FIG7 = "apl evaluate --preset miniature --only fig7"
 RELATIVES = "apl miniworld carry --only relatives"
 CARRY = "apl miniworld carry --only transfer"
 RESUME = "python -m pytest tests/world/test_resume.py"
@@ -89,7 +92,7 @@ TARGETS: dict[str, Target] = {
     "demo-memory": Target("demo: peak memory, GB", "<= 4", DEMO),
     "demo-drop": Target("demo's own prefix: its drop / the shipped one's", ">= 0.80", DEMO),
     "kill-resume": Target("20 steps = 10 + kill -9 + 10, equal runs of 20 kill points", ">= 20", RESUME),
-    "no-reg": Target("without regularisation: persons or faces in non-face pictures", ">= 0.10", FIGURES),
+    "no-reg": Target("without regularisation: persons or faces in non-face pictures", ">= 0.10", FIG7),
     "real-gradient": Target("SD1.5 at full size: prefix gradient off a reference, parts per million", "<= 10", REAL,
                             "real"),
     "real-forms": Target("SD1.5 at full size: single file's predictions off the folder's", "<= 0.0", REAL, "real"),
@@ -129,7 +132,16 @@ TARGETS: dict[str, Target] = {
     "webui-import": Target("WebUI: import of the extension, ms of CPU", "<= 50", WEBUI, "webui"),
     "webui-foreign": Target("WebUI: packages of others that the import brings", "<= 0", WEBUI, "webui"),
     "webui-encode": Target("WebUI: an encode with the prefix / one without, equal chunks", "<= 1.02", WEBUI, "webui"),
-    "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIGURES),
+    "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIG6),
+    "table2-id-acc": Target("Table 2, miniature: shipped prefix, ID-ACC / base's, S_test", "<= 0.20", TABLE2,
+                            "evaluation"),
+    "table2-fid-id": Target("Table 2, miniature: ID FID / the best of those that take as much identity", "<= 1.0",
+                            TABLE2, "evaluation"),
+    "table2-attr-acc": Target("Table 2, miniature: the best Attr-ACC of those / the prefix's", "<= 1.0", TABLE2,
+                              "evaluation"),
+    "table2-fid-other": Target("Table 2, miniature: neutral FID / the best of those", "<= 1.0", TABLE2, "evaluation"),
+    "dreambooth-drop": Target("persons taught by DreamBooth, miniature: share of ID-ACC that the prefix takes",
+                              ">= 0.50", FIG5, "evaluation"),
 }
 
 

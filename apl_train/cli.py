@@ -17,7 +17,16 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from apl_core.errors import APLError, ConfigError, TrainingError
-from apl_train import cli_beyond, cli_make, cli_miniworld, cli_score, cli_transfer, help_text
+from apl_train import (
+    cli_baselines,
+    cli_beyond,
+    cli_evaluate,
+    cli_make,
+    cli_miniworld,
+    cli_score,
+    cli_transfer,
+    help_text,
+)
 from apl_train import config as configs
 
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory", re.IGNORECASE)
@@ -32,6 +41,8 @@ COMMANDS = {
     "score": "ID-ACC, faces, attributes and drift of a prefix; with --images, of pictures that are there already",
     "blend": "a prefix at another strength, on the line from a null prefix",
     "pseudo": "bind faces of fictional persons to new words, for a training against DreamBooth",
+    "evaluate": "the paper's tables and figures, on the miniature world or on real weights",
+    "baselines": "rival methods on the miniature world, tuned, on listed and on unseen persons",
     "inspect": "what a prefix file says of itself",
     "convert": "embeddings of other tools to prefix files and back, .ckpt models to .safetensors (alone reads pickles)",
     "miniworld": "rebuild the miniature world, or measure it",
@@ -79,6 +90,8 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
     p.add_argument("--out", type=Path, default=Path("runs/sample"), help="folder for the pictures")
     cli_beyond.add_options(parsers)
     cli_score.add_options(parsers["score"])
+    cli_evaluate.add_options(parsers["evaluate"])
+    cli_baselines.add_options(parsers)
     p = parsers["inspect"]
     p.add_argument("file", type=str, help="prefix file or name")
     p = parsers["convert"]
@@ -209,6 +222,14 @@ def _run_pseudo(args: Namespace) -> None:
 
 def _run_score(args: Namespace) -> None:
     cli_score.run(args, _tell)
+
+
+def _run_evaluate(args: Namespace) -> None:
+    cli_evaluate.run(args, _tell)
+
+
+def _run_baselines(args: Namespace) -> None:
+    cli_baselines.baselines(args, _tell)
 
 
 def _run_inspect(args: Namespace) -> None:

@@ -23,6 +23,8 @@ _SHIPPED = {
     "recogniser": ASSETS / "faces" / "recogniser.json",
     "recogniser2": ASSETS / "faces" / "recogniser2.json",
     "attributes": ASSETS / "faces" / "attributes.json",
+    "clip": ASSETS / "faces" / "clip.json",
+    "newcomers": ASSETS / "newcomers",
     "captions": ASSETS / "captions.txt",
 }
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from apl_core.atomic import write_bytes, write_json, write_safetensors, write_text, write_with
 from apl_train.miniworld.people import HEADS
+from apl_train.miniworld.picture_tower import write_clip
 from apl_train.miniworld.presence import Looker
 from apl_train.miniworld.recogniser import CROP
 from apl_train.miniworld.render import SIZE
@@ -123,6 +124,7 @@ def write_faces(build: Build, assets: Path) -> None:
         })
     write_onnx(folder / "attributes.onnx", _Named(build.attributes, list(HEADS)), SIZE, list(HEADS))
     heads = {k: list(v) for k, v in HEADS.items()}
+    write_clip(folder, *build.text[1:])
     write_json(folder / "attributes.json", {"model": "attributes.onnx", "frame": SIZE, "heads": heads})
 
 
@@ -215,11 +217,14 @@ def write_captions(build: Build, assets: Path, count: int = 4000) -> None:
 
 def write_all(build: Build, assets: Path) -> None:
     """Everything but the training sets, which the exported checkpoint generates itself, and the other models."""
+    from apl_train.miniworld.newcomers import write_newcomers  # it writes with this file's functions
+
     write_checkpoint(build, assets)
     write_faces(build, assets)
     write_people(build, assets)
     write_neutral(build, assets)
     write_captions(build, assets)
+    write_newcomers(assets / "newcomers")
 
 
 def write_family(build: Build, assets: Path) -> None:
