@@ -44,6 +44,9 @@ COMFY_PICTURES = "python -m pytest tests/comfy/test_miniature_in_host.py"
 COMFY_LIVE = "python -m pytest tests/comfy/test_workflows_live.py"
 WEBUI = "python benchmarks/webui_cost.py"
 WEBUI_PICTURES = "python -m pytest tests/a1111/test_miniature_in_webui.py"
+SCORING = "python benchmarks/scoring_cost.py"
+DLIB = "python -m pytest tests/unit/test_identity_dlib.py"
+ODD = "python -m pytest tests/world/test_identity_odd_folder.py"
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,10 @@ TARGETS: dict[str, Target] = {
     "webui-import": Target("WebUI: import of the extension, ms of CPU", "<= 50", WEBUI, "webui"),
     "webui-foreign": Target("WebUI: packages of others that the import brings", "<= 0", WEBUI, "webui"),
     "webui-encode": Target("WebUI: an encode with the prefix / one without, equal chunks", "<= 1.02", WEBUI, "webui"),
+    "scoring-speed": Target("500 pictures scored: pictures a second / those of insightface's usual loop", ">= 1.5",
+                            SCORING, "transfer"),
+    "dlib-pairs": Target("dlib, six faces and copies of them: pairs judged wrongly", "<= 0", DLIB, "transfer"),
+    "identity-odd": Target("a folder of odd files: those not listed with their reason", "<= 0", ODD, "transfer"),
     "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIG6),
     "table2-id-acc": Target("Table 2, miniature: shipped prefix, ID-ACC / base's, S_test", "<= 0.20", TABLE2,
                             "evaluation"),
