@@ -3,8 +3,10 @@
 Trains the miniature with the preset `fast`, measures ID-ACC on S_test at every level, and notes after how many samples
 it first falls to the target, a share of the base model's. Then the paper's plain setting (preset `paper`: batch 1,
 constant rate, random words to start from) is trained for as long as it takes, at most `--most` times as many samples.
-Half an hour to an hour on two cores; begun trainings are resumed. With APL_RECORD_CLAIMS=1 the ratio becomes a row of
-benchmarks/claims.json; where the plain setting never gets there, it is an upper bound.
+Half an hour to an hour on two cores; begun trainings are resumed. --quick takes minutes: a shorter `fast` with a target
+bank, a target nearer to the base model, fewer persons, and levels of the plain setting only up to what decides the
+claim, five times as many samples. With APL_RECORD_CLAIMS=1 the ratio becomes a row of benchmarks/claims.json; where the
+plain setting never gets there, it is an upper bound.
 """
 
 from __future__ import annotations
@@ -68,11 +70,18 @@ def first_below(files: dict[int, Path], judge: Judge, target: float, batch: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/samples-to-target"))
-    parser.add_argument("--target", type=float, default=0.5, help="ID-ACC on S_test over the base model's")
-    parser.add_argument("--most", type=int, default=10, help="times as many samples for the plain setting, at most")
-    parser.add_argument("--persons", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour")
+    parser.add_argument("--target", type=float, default=None,
+                        help="ID-ACC on S_test over the base model's; 0.5, quick 0.6")
+    parser.add_argument("--most", type=int, default=None,
+                        help="times as many samples for the plain setting, at most; 10, quick 5")
+    parser.add_argument("--persons", type=int, default=None, help="of S_test; 32, quick 12")
+    parser.add_argument("--seeds", type=int, default=None, help="pictures of each; 2, quick 1")
     args = parser.parse_args()
+    for field, long, quick in (("target", 0.5, 0.6), ("most", 10, 5), ("persons", 32, 12), ("seeds", 2, 1)):
+        if getattr(args, field) is None:
+            setattr(args, field, quick if args.quick else long)
+    shorter = {"bank": 1024, "steps": 160, "levels_every": 16} if args.quick else {"levels_every": 35}
     cache = args.run.parent / "cache"
     backend = Backend.load(shipped.locate("base_model", shipped.MINIATURE))
     judge = Judge(backend, args.persons, args.seeds, cache)
@@ -80,13 +89,15 @@ def main() -> None:
     def settings(name: str, **changes: Any) -> config.TrainConfig:
         return config.from_dict(config.preset(name) | {"name": name, "base_model": shipped.MINIATURE} | changes)
 
-    fast = settings("fast", levels_every=35)
-    ours = first_below(trained(args.run / "fast", fast, backend, cache), judge, args.target, fast.batch_size, "fast")
+    fast = settings("fast", **shorter)
+    run = args.run / ("fast-quick" if args.quick else "fast")
+    ours = first_below(trained(run, fast, backend, cache), judge, args.target, fast.batch_size, "fast")
     if ours is None:
         sys.stdout.write("the preset fast does not reach the target: nothing to compare\n")
         sys.exit(9)
     limit = args.most * ours
-    plain = settings("paper", steps=limit, levels_every=max(1, limit // 20), save_every=200)
+    plain = settings("paper", steps=limit, levels_every=max(1, limit // (5 if args.quick else 20)), save_every=200,
+                     bank=fast.bank)
     theirs = first_below(trained(args.run / f"plain-{limit}", plain, backend, cache), judge, args.target, 1, "plain")
     ratio = ours / (theirs or limit)
     sys.stdout.write(f"fast {ours}, plain {theirs or f'more than {limit}'}: ratio "

@@ -1,0 +1,103 @@
+"""benchmarks/all.py and the table of benchmarks/beyond.py: parts exist, rows stay apart from the claims."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from apl_train import claims
+
+BENCHMARKS = Path(claims.FILE).parent
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_recorded_figures_go_where_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = claims.FILE.read_bytes()
+    monkeypatch.setenv(claims.INTO, str(tmp_path / "run.json"))
+    claims.record({"two-score": (1.9, None, 16)})
+    rows = {r["id"]: r for r in json.loads((tmp_path / "run.json").read_text("utf-8"))}
+    assert rows["two-score"]["measured"] == 1.9 and rows["two-score"]["holds"] is True
+    assert claims.FILE.read_bytes() == before
+
+
+def test_parts_run_one_by_one_and_their_rows_make_one_table(benchmark, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    every = benchmark("all")
+    monkeypatch.setattr(every, "HERE", tmp_path)
+    program = ("import os, sys; from apl_train import claims\n"
+               "claims.record({'two-score': (float(sys.argv[1]), None, 4), 'two-generate': (1.5, None, 4)})\n")
+    (tmp_path / "good.py").write_text(program, "utf-8")
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)\n", "utf-8")
+    (tmp_path / "quiet.py").write_text("print('skipped: no checkout')\n", "utf-8")
+    parts = {"good": ("good.py", "1.9"), "bad": ("bad.py",), "quiet": ("quiet.py",), "gone": ("gone.py",)}
+    monkeypatch.setattr(every, "PARTS", {name: every.Part(argv, name) for name, argv in parts.items()})
+    found = {name: every.run_part(name, tmp_path) for name in parts}
+    assert {r["id"]: r["measured"] for r in found["good"][1]} == {"two-generate": 1.5, "two-score": 1.9}
+    assert found["bad"][0].startswith("failed with exit code 3") and found["gone"][0].startswith("skipped")
+    assert "nothing measured" in found["quiet"][0]
+    table = every.show(found)
+    (short,) = [line for line in table.splitlines() if "generation:" in line]
+    assert "1.500" in short and short.endswith("SHORT")
+    (good,) = [line for line in table.splitlines() if "scoring:" in line]
+    assert "1.900" in good and ">= 1.8" in good and "SHORT" not in good
+
+
+def test_every_part_names_a_program_with_a_docstring(benchmark) -> None:
+    every = benchmark("all")
+    for part in every.PARTS.values():
+        script = BENCHMARKS / part.argv[0]
+        if script.is_file():  # parts of others are called where they are present
+            assert script.read_text("utf-8").startswith('"""'), script
+    for key in ("sdxl-flops-floor", "memory-paper", "loop-inversion", "encode-diffusers", "two-score"):
+        assert claims.TARGETS[key].command.split()[1].split("/")[1] in {p.argv[0] for p in every.PARTS.values()}
+
+
+def test_the_table_of_rows_fills_the_document(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = benchmark("beyond_table")
+    row = {"ratio": {"value": 0.61234, "lo": 0.5, "hi": 0.7}, "attributes": 0.97, "faces": 1.0, "joint_success": 0.4,
+           "drift_nonfaces": 0.25, "drift_unnamed_faces": 0.3, "persons": 16, "pictures": 32, "steps": 120}
+    point = {"strength": 0.5, "ratio": 0.8, "lo": 0.3, "hi": 0.5, "id_acc_mean": 0.4}
+    rows = {"plain": row | {"written_otherwise": {"off": 0.2, "on": 0.1, "ratio": 0.5}}, "suffix": row,
+            "strength": {"points": [point]}}
+    monkeypatch.setattr(table, "FILE", tmp_path / "rows.json")
+    monkeypatch.setattr(table, "DOCS", tmp_path / "doc.md")
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    (tmp_path / "doc.md").write_text("x\n<!-- beyond: rows -->\nold\n<!-- end -->\ny\n", "utf-8")
+    assert table.write_docs() and not table.write_docs()
+    text = (tmp_path / "doc.md").read_text("utf-8")
+    assert "| suffix | 0.612 | 0.500 to 0.700 | 0.970 | 1.000 | 0.250 | 0.300 |" in text and "old" not in text
+    assert "| `fast`, shorter | 0.200 | 0.100 | 0.500 |" in text and "0.300 to 0.500" in text and text.startswith("x\n")
+
+
+def test_why_the_papers_loop_cannot_be_imported_is_said(benchmark, tmp_path: Path) -> None:
+    loops = benchmark("published_loops")
+    (tmp_path / "train.py").write_text("from face_data.names import people\n", "utf-8")
+    assert "face_data" in loops.why_not(tmp_path)
+    (tmp_path / "train.py").write_text("x = 1\n", "utf-8")
+    assert loops.why_not(tmp_path) == ""
+
+
+def test_sdxl_is_counted_at_its_published_size(benchmark) -> None:
+    """Parameters of the published checkpoints: the UNet's 2,567,463,684, CLIP-G's 694,659,840."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    model = benchmark("step_cost_sdxl").sdxl()
+    count = [sum(p.numel() for p in m.parameters()) for m in (model.unet, *model.texts)]
+    assert count == [2_567_463_684, 123_060_480, 694_659_840]
+    assert all(p.device == torch.device("meta") for p in model.unet.parameters())
