@@ -56,7 +56,9 @@ def initial_vectors(backend: Backend, config: TrainConfig) -> dict[str, Tensor]:
     else:
         # 512.. are the merged words of CLIP's vocabulary; before them stand single bytes, after them BOS and EOS
         ids = torch.randint(512, 49406, (config.num_tokens,), generator=g).tolist()
-    return {key: backend.text.embedding_table(key)[ids].detach().float().clone() for key in backend.text.widths}
+    # on the CPU wherever the model is: state files, sums over processes and the optimizer's moments are there
+    return {key: backend.text.embedding_table(key)[ids].detach().to("cpu", torch.float32, copy=True)
+            for key in backend.text.widths}
 
 
 @dataclass(frozen=True)
