@@ -78,20 +78,25 @@ def pictures_of(values: Any, field: str) -> list[Any]:
 def scored(body: Any) -> dict[str, Any]:
     """The answer to POST /apl/v1/score of {"images": [...], "references": [...], "threshold": 0.32}.
 
+    Optional too: "recogniser" (a name that the tab offers) and "face_choice" (largest, best, all).
+
     Raises:
         APLError: the body is wrong, or there is no recogniser.
     """
     from .identity import score
 
-    if not isinstance(body, dict) or set(body) - {"images", "references", "threshold"}:
-        raise ConfigError("The body is not an object with images, references and threshold.",
-                          "Send only these three.", field="body")
+    if not isinstance(body, dict) or set(body) - {"images", "references", "threshold", "recogniser", "face_choice"}:
+        raise ConfigError("The body is not an object with images, references, threshold, recogniser and face_choice.",
+                          "Send only these.", field="body")
+    for field in ("recogniser", "face_choice"):
+        if not isinstance(body.get(field, ""), str):
+            raise ConfigError(f"{field} is {body[field]!r}.", "Send text.", field=field)
     threshold = body.get("threshold", None)
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)
                                   or not -1 <= threshold <= 1):
         raise ConfigError(f"threshold is {threshold!r}.", "Use a number from -1 to 1.", field="threshold")
     found = score(pictures_of(body.get("images"), "images"), pictures_of(body.get("references"), "references"),
-                  threshold)
+                  threshold, recogniser=body.get("recogniser"), face_choice=body.get("face_choice", "largest"))
     return found.as_dict()
 
 

@@ -14,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from ..apl_core.errors import APLError, ScoreError
+from ..apl_core.recognisers import NAMES as KNOWN
+from ..apl_core.recognisers import choices_text, customary_threshold
 
 THRESHOLD = 0.32
-KNOWN = ("auraface", "buffalo_l", "buffalo_s", "antelopev2")
+CHOICES = ("largest", "best", "all")  # those of `apl_core.id_check`, which the page must not wait for
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Similarity of each picture's largest face to the references (NaN without a face), and what was measured by."""
+    """Similarity of each picture's counted face to the references (NaN without a face), and what was measured by.
+
+    `rejected` are (reference, reason): a reference must show exactly one face.
+    """
 
     similarities: tuple[float, ...]
     threshold: float
     recogniser: str
+    rejected: tuple[tuple[str, str], ...] = ()
 
     @property
     def seen(self) -> list[float]:
@@ -39,7 +45,8 @@ class Scores:
                 "mean": round(sum(seen) / len(seen), 5) if seen else None,
                 "max": round(max(seen), 5) if seen else None,
                 "faces": len(seen), "images": len(self.similarities), "threshold": self.threshold,
-                "recognised": sum(value >= self.threshold for value in seen), "recogniser": self.recogniser}
+                "recognised": sum(value >= self.threshold for value in seen), "recogniser": self.recogniser,
+                "rejected_references": [f"{name}: {reason}" for name, reason in self.rejected]}
 
 
 def settings() -> tuple[str, float]:
@@ -58,6 +65,15 @@ def folder() -> Path:
     return Path(paths_internal.models_path) / "insightface"
 
 
+def recognisers() -> list[str]:
+    """Names to choose from: the well-known ones, and every folder of models/insightface/models."""
+    try:
+        found = sorted(path.name for path in (folder() / "models").iterdir() if path.is_dir())
+    except OSError:
+        found = []
+    return [*KNOWN, *(name for name in found if name not in KNOWN)]
+
+
 @lru_cache(maxsize=2)
 def _loaded(name: str, root: Path) -> Any:
     from ..apl_core.identity import load_embedder
@@ -67,31 +83,33 @@ def _loaded(name: str, root: Path) -> Any:
     return load_embedder(pack / "recogniser.json" if (pack / "recogniser.json").is_file() else name, root)
 
 
-def score(images: Sequence[Any], references: Sequence[Any], threshold: float | None = None) -> Scores:
+def score(images: Sequence[Any], references: Sequence[Any], threshold: float | None = None, *,
+          recogniser: str | None = None, face_choice: str = "largest") -> Scores:
     """Compare pictures with a person's reference photos (APL sec. 4.2).
 
     Args:
         images: uint8 [H, W, 3] RGB each.
         references: the same; two or more give a steadier reference.
-        threshold: from which similarity on a face counts as recognised; the settings page's when None.
+        threshold: from which similarity on a face counts as recognised; when None the settings page's, or for another
+            recogniser than that page's the one that is customary for it.
+        recogniser: one of `recognisers()`; the settings page's when None.
+        face_choice: the face that counts in a picture, one of `CHOICES`.
 
     Raises:
-        ScoreError: no recogniser, or no reference has a face.
+        ScoreError: no such recogniser, or no reference shows exactly one face.
     """
-    import numpy as np
+    from ..apl_core.id_check import compare
 
-    from ..apl_core.id_scores import cosine, normalise, reference_embedding
-
-    name, customary = settings()
-    embedder = _loaded(name, folder())
-    faces = np.array([found[0].embedding for found in embedder.faces_of(list(references)) if found])
-    if not faces.size:
-        raise ScoreError("No face was found in the reference pictures.",
-                         "Use a sharp frontal picture in which the face takes a good part.", field="references")
-    target = reference_embedding(faces) if len(faces) > 1 else normalise(faces[0])
-    found = embedder.faces_of(list(images))
-    return Scores(tuple(float(cosine(each[0].embedding, target)) if each else math.nan for each in found),
-                  customary if threshold is None else float(threshold), embedder.name)
+    chosen, usual = settings()
+    if recogniser is not None and recogniser != chosen:
+        if recogniser not in recognisers():  # a page must not name files of the server
+            raise ScoreError(f"recogniser is {recogniser!r}.", f"Choose one of: {', '.join(recognisers())}.",
+                             field="recogniser")
+        chosen, usual = recogniser, customary_threshold(recogniser) or usual
+    embedder = _loaded(chosen, folder())
+    found = compare(embedder, list(images), list(references), face_choice)
+    return Scores(tuple(found.shown(index) for index in range(len(images))),
+                  usual if threshold is None else float(threshold), embedder.name, found.reference.rejected)
 
 
 def table(scores: Scores, labels: Sequence[str]) -> str:
@@ -109,10 +127,12 @@ def table(scores: Scores, labels: Sequence[str]) -> str:
         mean = f"mean {found['mean']:.3f}, highest {found['max']:.3f}"
     return (f"<table class='apl-scores'>{''.join(rows)}</table><p>{html.escape(mean)} · {found['faces']} of "
             f"{found['images']} pictures have a face · threshold {scores.threshold:g} · "
-            f"{html.escape(scores.recogniser)}</p>")
+            f"{html.escape(scores.recogniser)}</p>" + "".join(
+                f"<p>{html.escape(f'reference {name} left out: {reason}')}</p>" for name, reason in scores.rejected))
 
 
-def check(source: str, picture: Any, *references: Any) -> str:
+def check(source: str, picture: Any, *references: Any, recogniser: str | None = None,
+          face_choice: str = "largest") -> str:
     """The tab's button: HTML with the scores, or a line that says what is missing."""
     import numpy as np
 
@@ -133,14 +153,20 @@ def check(source: str, picture: Any, *references: Any) -> str:
         if not images:
             raise ScoreError("There is no picture to check.", "Generate one first, or add one here.", field="images")
         arrays = [np.array(each.convert("RGB")) if hasattr(each, "convert") else np.asarray(each) for each in images]
-        return table(score(arrays, given), labels[: len(arrays)])
+        return table(score(arrays, given, recogniser=recogniser, face_choice=face_choice), labels[: len(arrays)])
     except APLError as error:
         return f"<p class='apl-state apl-bad'>{html.escape(str(error))}</p>"
+
+
+def _asked(source: str, picture: Any, recogniser: str, face_choice: str, *references: Any) -> str:
+    return check(source, picture, *references, recogniser=recogniser or None, face_choice=face_choice)
 
 
 def tab() -> Any:
     """The gradio Blocks of the tab, built when the host asks."""
     import gradio as gr
+
+    preferred, names = settings()[0], recognisers()
 
     with gr.Blocks(analytics_enabled=False) as blocks:
         gr.HTML(value="<p>How much do pictures resemble a person? Scores stay in this process; photos are not kept. "
@@ -152,7 +178,13 @@ def tab() -> Any:
             source = gr.Radio(label="Check", choices=["last pictures", "pair", "picture"], value="last pictures",
                               elem_id="apl_check_source")
             picture = gr.Image(label="Picture", type="numpy", elem_id="apl_check_picture")
+        with gr.Row():
+            recogniser = gr.Dropdown(label="Recogniser", choices=names if preferred in names else [preferred, *names],
+                                     value=preferred, elem_id="apl_check_recogniser")
+            choice = gr.Radio(label="Face that counts", choices=list(CHOICES), value=CHOICES[0],
+                              elem_id="apl_check_face")
+        gr.HTML(value=f"<p>Licences: {html.escape(choices_text())}. <i>best</i> is the worst case for privacy.</p>")
         button = gr.Button("Check", elem_id="apl_check")
         out = gr.HTML(value="", elem_id="apl_check_result")
-        button.click(fn=check, inputs=[source, picture, *references], outputs=[out])
+        button.click(fn=_asked, inputs=[source, picture, recogniser, choice, *references], outputs=[out])
     return blocks

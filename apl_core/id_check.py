@@ -88,11 +88,16 @@ class Comparison:
     reference: Reference
     faces: tuple[list[Face], ...]
     scores: PersonPictures
+    choice: str = "largest"
 
     def shown(self, index: int) -> float:
         """The highest similarity of a picture that counts; NaN without a face."""
         values = self.scores.values[index]
         return float(values.max()) if len(values) else math.nan
+
+    def chosen(self, index: int) -> Face | None:
+        """The face with that similarity; None without a face."""
+        return counted_face(self.faces[index], self.reference.vector, self.choice)
 
 
 def build_reference(faces: Sequence[Sequence[Face]], names: Sequence[str] | None = None, *,
@@ -152,7 +157,14 @@ def compare(embedder: FaceEmbedder, pictures: Sequence[NDArray[np.uint8]], refer
     """
     reference = build_reference(embedder.faces_of(list(references)))
     faces = tuple(embedder.faces_of(list(pictures)))
-    return Comparison(reference, faces, person_pictures("person", faces, reference, choice))
+    return Comparison(reference, faces, person_pictures("person", faces, reference, choice), choice)
+
+
+def counted_face(faces: Sequence[Face], vector: NDArray, choice: str = "largest") -> Face | None:
+    """The face to show for a picture: the largest, or for other choices the best match; None without a face."""
+    if not faces:
+        return None
+    return _largest(faces) if choice == "largest" else faces[int(np.argmax(counted(faces, vector, "all")))]
 
 
 def impostors(references: Sequence[Reference], faces: Sequence[Sequence[Sequence[Face]]],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class DlibEmbedder:
             raise ScoreError(f"dlib's weights in {folder} cannot be loaded: {error}",
                              f"Install them again: {self.note.command}", field="recogniser") from error
         self._dlib, self._detector = dlib, dlib.get_frontal_face_detector()
-        self._det_threshold = det_threshold
+        self._det_threshold, self._busy = det_threshold, Lock()
         self.sha256 = file_hash(folder / RECOGNISER)
         self.settings = {"detector": "dlib frontal", "landmarks": file_hash(folder / LANDMARKS), "det_size": "whole",
                          "det_threshold": det_threshold, "upsample_below": UPSAMPLE_BELOW, "chip": CHIP,
@@ -73,6 +74,10 @@ class DlibEmbedder:
     def faces(self, image: NDArray[np.uint8]) -> list[Face]:
         """uint8 [H, W, 3] RGB -> its faces, largest first; tried once more with a border when there is none."""
         rgb = np.ascontiguousarray(checked_image(image))
+        with self._busy:  # a server may ask from several threads
+            return self._faces(rgb)
+
+    def _faces(self, rgb: NDArray[np.uint8]) -> list[Face]:
         found, looked_at, border = with_border(rgb, self._detect)
         if not found:
             return []

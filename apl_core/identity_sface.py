@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,7 @@ class SFaceEmbedder:
             raise ScoreError(f"{detector.name} or {recogniser.name} in {folder} cannot be loaded: {error}",
                              f"Fetch them again: {self.note.command}", field="recogniser") from error
         self._resize, self._area = cv2.resize, cv2.INTER_AREA
-        self._det_size = det_size
+        self._det_size, self._busy = det_size, Lock()
         self.sha256 = file_hash(recogniser)
         self.settings = {"detector": file_hash(detector), "det_size": det_size, "det_threshold": det_threshold}
 
@@ -70,6 +71,10 @@ class SFaceEmbedder:
     def faces(self, image: NDArray[np.uint8]) -> list[Face]:
         """uint8 [H, W, 3] RGB -> its faces, largest first; tried once more with a border when there is none."""
         bgr = np.ascontiguousarray(checked_image(image)[:, :, ::-1])
+        with self._busy:  # a server may ask from several threads
+            return self._faces(bgr)
+
+    def _faces(self, bgr: NDArray[np.uint8]) -> list[Face]:
         found, looked_at, border = with_border(bgr, self._detect)
         faces = []
         for row in found:

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from apl_core import atomic
 from apl_core.errors import DatasetError
-from apl_core.id_check import counted
-from apl_core.identity import Face
+from apl_core.id_check import counted, counted_face
 from apl_train import folder_text as words
 from apl_train import grids
 from apl_train.folder_score import FolderResult, Looked, Scored
@@ -56,7 +55,8 @@ def _tile(store: PictureFolder, name: str, looked: Looked, side: str, scored: Sc
     except DatasetError:
         image = None
     vector = scored.references[person].vector
-    chosen = _chosen(faces, vector, scored, side)
+    choice = "largest" if side == "references" else scored.block["face_choice"]
+    chosen = counted_face(faces or (), vector, choice)
     if image is None:
         image = np.full((8, 8, 3), 128, np.uint8)
         chosen = None
@@ -71,14 +71,6 @@ def _tile(store: PictureFolder, name: str, looked: Looked, side: str, scored: Sc
     shown = crop(image, chosen.box) if chosen is not None else grids.fit(image, FACE)
     said = ("only one" if side == "references" else "no face") if math.isnan(value) else number(value)
     return {"src": grids.data_uri(shown), "alt": f"{person}, {name}: {said}", "value": said, "verdict": verdict}
-
-
-def _chosen(faces: Sequence[Face] | None, vector: NDArray, scored: Scored, side: str) -> Face | None:
-    if not faces:
-        return None
-    if scored.block["face_choice"] == "largest" or side == "references":
-        return max(faces, key=lambda face: (face.area, face.score))
-    return max(faces, key=lambda face: float(face.embedding @ vector))
 
 
 def _people(result: FolderResult) -> list[dict[str, Any]]:

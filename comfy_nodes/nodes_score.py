@@ -1,10 +1,12 @@
 """Identity Score (ID-ACC): from pictures and reference pictures to how much the faces are alike (APL sec. 4.2).
 
-The face recogniser is the user's own; without one, everything else of this pack works, and this node says what to run.
+The face recogniser is the user's own. Without one, everything else of this pack works: this node says in its report
+what to run, passes the pictures through and lets the queue go on, unless it is told to be strict.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -18,15 +20,16 @@ from comfy_api.latest import io, ui
 from numpy.typing import NDArray
 
 from ..apl_core.errors import ScoreError
-from ..apl_core.id_scores import PersonScores, cosine, face_rate, joint_success, normalise, reference_embedding
+from ..apl_core.id_check import CHOICES, Comparison, build_reference, person_pictures
 from ..apl_core.identity import Face, FaceEmbedder, load_embedder
 from ..apl_core.library import safe_name
+from ..apl_core.recognisers import NAMES, choices_text, customary_threshold
 from .pictures import GREEN, GREY, RED, boxed, captioned, to_bytes, to_images
 from .schema import schema
 
 PART = 8
 """Pictures looked at between two looks at the interrupt button."""
-KNOWN = ("auraface", "buffalo_l", "buffalo_s", "antelopev2")
+_log = logging.getLogger("apl")
 
 
 def root() -> Path:
@@ -41,7 +44,7 @@ def recognisers() -> list[str]:
         found = sorted(path.name for path in (root() / "models").iterdir() if path.is_dir())
     except OSError:
         found = []
-    return [*KNOWN, *(name for name in found if name not in KNOWN)]
+    return [*NAMES, *(name for name in found if name not in NAMES)]
 
 
 @lru_cache(maxsize=2)
@@ -50,19 +53,6 @@ def _loaded(name: str, folder: Path) -> FaceEmbedder:
     if (pack / "recogniser.json").is_file():
         return load_embedder(pack / "recogniser.json")
     return load_embedder(name, folder)
-
-
-def reference_of(faces: list[list[Face]]) -> NDArray[np.float64]:
-    """float64 [d]: the mean of the largest face of every reference picture, of length 1.
-
-    Raises:
-        ScoreError: no reference picture has a face.
-    """
-    found = np.array([each[0].embedding for each in faces if each])
-    if not found.size:
-        raise ScoreError("No face was found in the reference pictures.",
-                         "Use a sharp frontal picture in which the face takes a good part.", field="reference")
-    return reference_embedding(found) if len(found) > 1 else normalise(found[0])
 
 
 def faces_of(embedder: FaceEmbedder, pictures: list[NDArray[np.uint8]]) -> list[list[Face]]:
@@ -75,8 +65,16 @@ def faces_of(embedder: FaceEmbedder, pictures: list[NDArray[np.uint8]]) -> list[
     return found
 
 
+def compared(embedder: FaceEmbedder, pictures: list[NDArray[np.uint8]], references: list[NDArray[np.uint8]],
+             choice: str) -> Comparison:
+    """`id_check.compare`, with the node's progress bar. Raises `ScoreError`: no reference shows exactly one face."""
+    reference = build_reference(faces_of(embedder, references), field="reference")
+    faces = tuple(faces_of(embedder, pictures))
+    return Comparison(reference, faces, person_pictures("person", faces, reference, choice), choice)
+
+
 class IdentityScore(io.ComfyNode):
-    """Compares the largest face of every picture with the reference."""
+    """Compares a face of every picture with the reference."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -90,12 +88,18 @@ class IdentityScore(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to score, all of one person's prompts."),
                 io.Image.Input("reference", tooltip="Pictures of that person; two or more give a steadier reference."),
-                io.Combo.Input("recogniser", options=recognisers(), default=KNOWN[0],
+                io.Combo.Input("recogniser", options=recognisers(), default=NAMES[0],
                                tooltip="A face recogniser in models/insightface/models. Scores of different "
-                               "recognisers cannot be compared. Mind the licence of its weights."),
+                               f"recognisers cannot be compared. Licences: {choices_text()}."),
                 io.Float.Input("threshold", default=0.32, min=-1.0, max=1.0, step=0.01,
-                               tooltip="From this similarity on, a face counts as recognised. 0.32 is customary for "
-                               "ArcFace; each recogniser has its own."),
+                               tooltip="From this similarity on, a face counts as recognised. Customary are 0.32 for "
+                               "ArcFace, 0.363 for sface and 0.92 for dlib; each recogniser has its own."),
+                io.Combo.Input("face_choice", options=list(CHOICES), default=CHOICES[0], optional=True,
+                               tooltip="Which face of a picture counts: the largest, the best match (the worst case "
+                               "for privacy), or all of them."),
+                io.Boolean.Input("strict", default=False, optional=True,
+                                 tooltip="Stop the queue when nothing can be scored. Otherwise the report says why, "
+                                 "and the pictures are passed through."),
             ],
             outputs=[
                 io.Image.Output("annotated", tooltip="The pictures with the faces found, and their similarity."),
@@ -105,35 +109,45 @@ class IdentityScore(io.ComfyNode):
                 io.Float.Output("face_rate", display_name="face rate",
                                 tooltip="Share of the pictures that have a face. Pictures without one do not count as "
                                 "anonymized."),
-                io.Boolean.Output("passed", tooltip="True when every picture has a face and none is recognised."),
+                io.Boolean.Output("passed", tooltip="True when every picture has a face and none is recognised; "
+                                  "never when nothing could be scored."),
                 io.String.Output("report", tooltip="The same as text."),
             ],
         )
 
     @classmethod
-    def execute(
-        cls, images: torch.Tensor, reference: torch.Tensor, recogniser: str, threshold: float
-    ) -> io.NodeOutput:
-        embedder = _loaded(recogniser, root())
-        target = reference_of(faces_of(embedder, to_bytes(reference)))
+    def execute(cls, images: torch.Tensor, reference: torch.Tensor, recogniser: str, threshold: float,
+                face_choice: str = CHOICES[0], strict: bool = False) -> io.NodeOutput:
         pictures = to_bytes(images)
-        found = faces_of(embedder, pictures)
-        alike = [float(cosine(faces[0].embedding, target)) if faces else math.nan for faces in found]
-        scores = PersonScores("person", np.array([value for value in alike if not math.isnan(value)]), len(pictures))
-        passed = joint_success([scores], threshold) == 1.0
-        lines = [
-            f"{embedder.name}: ID-ACC mean {scores.mean:.3f}, maximum {scores.max:.3f}, threshold {threshold:g}",
-            f"faces in {scores.similarities.size} of {len(pictures)} pictures; "
-            f"{int((scores.similarities >= threshold).sum())} recognised",
-            *(f"{index}: {_shown(value, threshold)}" for index, value in enumerate(alike)),
-        ]
-        drawn = to_images([
-            _annotated(picture, faces, value, threshold)
-            for picture, faces, value in zip(pictures, found, alike, strict=True)
+        try:
+            embedder = _loaded(recogniser, root())
+            found = compared(embedder, pictures, to_bytes(reference), face_choice)
+        except ScoreError as error:
+            if strict:
+                raise
+            _log.warning("Identity Score: %s", error)
+            report = f"Nothing was scored. {error}"
+            return io.NodeOutput(images, math.nan, math.nan, math.nan, False, report, ui=ui.PreviewText(report))
+        scores, passed = found.scores, found.scores.anonymised(threshold) == len(pictures)
+        shown = [found.shown(index) for index in range(len(pictures))]
+        report = "\n".join([
+            f"{embedder.name}: ID-ACC mean {scores.mean:.3f}, maximum {scores.max:.3f}, threshold {threshold:g}"
+            + _customary(recogniser, threshold),
+            f"faces in {scores.n_faces} of {len(pictures)} pictures; {scores.recognised(threshold)} recognised",
+            *(f"reference {name} left out: {reason}" for name, reason in found.reference.rejected),
+            *(f"{index}: {_shown(value, threshold)}" for index, value in enumerate(shown)),
         ])
-        report = "\n".join(lines)
-        return io.NodeOutput(drawn, scores.mean, scores.max, face_rate([scores]), passed, report,
+        drawn = to_images([
+            _annotated(picture, found, index, threshold) for index, picture in enumerate(pictures)
+        ])
+        return io.NodeOutput(drawn, scores.mean, scores.max, scores.n_faces / len(pictures), passed, report,
                              ui=ui.PreviewText(report))
+
+
+def _customary(recogniser: str, threshold: float) -> str:
+    """A word where the threshold is far from what is customary for the recogniser."""
+    usual = customary_threshold(recogniser)
+    return "" if usual is None or abs(usual - threshold) < 0.1 else f" (customary for {recogniser}: {usual:g})"
 
 
 def _shown(value: float, threshold: float) -> str:
@@ -142,9 +156,10 @@ def _shown(value: float, threshold: float) -> str:
     return f"{value:.3f} {'recognised' if value >= threshold else 'not recognised'}"
 
 
-def _annotated(picture: NDArray[np.uint8], faces: list[Face], value: float, threshold: float) -> NDArray[np.uint8]:
-    first = RED if value >= threshold else GREEN
-    boxes = [(face.box, first if index == 0 else GREY) for index, face in enumerate(faces)]
+def _annotated(picture: NDArray[np.uint8], found: Comparison, index: int, threshold: float) -> NDArray[np.uint8]:
+    value, chosen = found.shown(index), found.chosen(index)
+    colour = RED if value >= threshold else GREEN
+    boxes = [(face.box, colour if face is chosen else GREY) for face in found.faces[index]]
     return captioned(boxed(picture, boxes), _shown(value, threshold))
 
 

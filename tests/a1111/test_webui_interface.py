@@ -224,7 +224,13 @@ def test_the_identity_check_scores_with_a_recogniser(host: Host, gradio: Any) ->
     shown = identity.table(found, ["same", "<other>", "blank"])
     assert "no face" in shown and "&lt;other&gt;" in shown and "threshold 0.32" in shown
     body = json.loads(json.dumps(found.as_dict()))
-    assert body["recognised"] == 1
+    assert body["recognised"] == 1 and body["rejected_references"] == []
+    again = identity.score([pictures[1]], [pictures[0], blank], recogniser="miniature", face_choice="best")
+    assert again.similarities == pytest.approx(found.similarities[:1])
+    assert again.rejected == (("picture 2", "no face was found"),)
+    assert "reference picture 2 left out" in identity.table(again, ["same"])
+    said = identity.check("picture", pictures[1], pictures[0], recogniser="../../etc", face_choice="best")
+    assert "apl-bad" in said and "Choose one of" in said  # only what the page offers, no path
 
 
 def test_a_page_that_polls_does_not_hold_up_a_reload(host: Host) -> None:

@@ -679,7 +679,12 @@ def check_scores_by_hand() -> None:
         assert "faces in 2 of 3 pictures; 1 recognised" in report and "2: no face" in report, report
         assert execute(pictures(1.0), pictures(0.0, 0.1), "x", 0.8).args[4] is True
         assert execute(pictures(None), pictures(0.0), "x", 0.8).args[4] is False, "no face is no success"
-        refused(lambda: execute(pictures(1.0), pictures(None), "x", 0.8), "No face", "reference")
+        refused(lambda: execute(pictures(1.0), pictures(None), "x", 0.8, strict=True), "exactly one face", "reference")
+        goes_on = execute(pictures(1.0), pictures(None), "x", 0.8).args
+        assert torch.equal(goes_on[0], pictures(1.0)) and goes_on[4] is False, "what cannot be scored has not passed"
+        assert all(np.isnan(value) for value in goes_on[1:4]) and "Nothing was scored" in goes_on[5], goes_on[5]
+        assert execute(pictures(0.2), pictures(0.0), "x", 0.8, "all").args[1] == execute(
+            pictures(0.2), pictures(0.0), "x", 0.8, "best").args[1]
         import comfy.model_management as management
 
         management.interrupt_current_processing(True)
@@ -700,7 +705,10 @@ def check_a_missing_recogniser_names_the_command() -> None:
     else:
         wanted = "not-there"
     image = torch.zeros(1, 32, 32, 3)
-    refused(lambda: NODES["APL_IdentityScore"].execute(image, image, "not-there", 0.3), wanted)
+    execute = NODES["APL_IdentityScore"].execute
+    refused(lambda: execute(image, image, "not-there", 0.3, strict=True), wanted)
+    passed_on = execute(image, image, "not-there", 0.3).args  # a queue of comparisons goes on without it
+    assert torch.equal(passed_on[0], image) and wanted in passed_on[5] and passed_on[4] is False, passed_on[5]
 
 
 # -- example workflows

@@ -116,3 +116,13 @@ def test_compare_keeps_pictures_without_a_face_apart() -> None:
     assert found.shown(0) == pytest.approx(1.0) and math.isnan(found.shown(1)) and found.shown(2) == pytest.approx(0.0)
     assert found.reference.rejected == (("picture 2", "no face was found"),)
     assert found.scores.mean == pytest.approx(0.5)
+
+
+def test_the_face_that_is_shown_is_the_one_that_counted() -> None:
+    small, large = face(X, 10), face(unit(1, 1, 0), 30)
+    reference = c.build_reference([[face(X)]])
+    for choice, wanted in (("largest", large), ("best", small), ("all", small)):
+        found = c.Comparison(reference, ([large, small], []), c.person_pictures("p", [[large, small], []], reference,
+                                                                                choice), choice)
+        assert found.chosen(0) is wanted and found.chosen(1) is None
+        assert found.shown(0) == pytest.approx(float(wanted.embedding @ X))

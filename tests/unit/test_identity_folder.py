@@ -15,6 +15,7 @@ from fakes.colour_faces import ColourFaces, picture
 
 from apl_core.errors import DatasetError, ScoreError
 from apl_train import face_cache
+from apl_train.cli import main
 from apl_train.face_cache import FaceCache, look
 from apl_train.folder_files import FolderSettings
 from apl_train.folder_people import persons_of_pictures, persons_of_references, read_groups, read_table
@@ -236,6 +237,7 @@ import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "fakes")!r}]
 from pathlib import Path
 from apl_train import face_cache
+from apl_train.cli import main
 from apl_train.pictures import PictureFolder
 from colour_faces import ColourFaces
 face_cache.PART = 4
@@ -259,3 +261,26 @@ face_cache.look(store, sorted(store.names()), embedder, cache)
     assert told[0] == ("faces", 0, 20) and told[-1] == ("faces", 20, 20)
     plain = look(store, sorted(store.names()), ColourFaces(), FaceCache(None, embedder))
     assert all((seen[n].faces[0].embedding == plain[n].faces[0].embedding).all() for n in seen)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--references", "x"], "--references is given without --images"),
+    (["--second", "sface"], "--second is given without --images"),
+    (["--images", "."], "--images is given without --references"),
+    (["--images", ".", "--references", ".", "--prefix", "p"], "--prefix and --images"),
+    (["--images", "nowhere", "--references", "."], "no folder"),
+])
+def test_the_command_says_what_does_not_go_together(words: list[str], said: str,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", *words]) in (2, 5)
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_recogniser_says_licence_and_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("insightface")
+    assert main(["score", "--images", str(folders / "off"), "--references", str(folders / "refs"), "--recogniser",
+                 "auraface", "--root", str(folders / "none")]) == 7
+    said = capsys.readouterr().err
+    assert "hf download fal/AuraFace-v1" in said and "Apache-2.0" in said
