@@ -23,7 +23,7 @@ from apl_core.placement import LENGTH, negative_needs_prefix
 from apl_train import conditioning, pipelines
 from apl_train.model_files import Parts, read_parts
 from apl_train.parts_check import check_parts
-from apl_train.precision import Precision, chosen, into_half, out_of_half
+from apl_train.precision import Precision, chosen, into_half, out_of_half, vae_dtype
 from apl_train.text import Encoded, TextStack, Vectors
 
 _VAE_PIXELS = 2**18
@@ -74,14 +74,13 @@ class Backend:
         self.device, self.dtype, self._offload = torch.device(device), dtype, offload
         self.sizes = conditioning.checked(sizes) if self.family == "sdxl" else None
         self.zeros_for_empty_prompt = self.family == "sdxl" and parts.zeros_for_empty_prompt
-        # SDXL's VAE leaves the range of fp16; its configuration says so, and of a mended one that it does not
-        upcast = self.family == "sdxl" and dtype == torch.float16 and parts.vae.config.force_upcast
         waiting = "cpu" if offload == "all" else self.device
         self.unet, self.vae, *encoders = (
             _cast(part.to(place), kind).eval().requires_grad_(False)
             for part, place, kind in (
                 (parts.unet, self.device, dtype),
-                (parts.vae, self.device if offload == "none" else "cpu", torch.float32 if upcast else dtype),
+                (parts.vae, self.device if offload == "none" else "cpu",
+                 vae_dtype(dtype, self.family, parts.vae.config)),
                 *((part, waiting, torch.float32) for part in (parts.text_encoder, parts.text_encoder_2)
                   if part is not None),
             )

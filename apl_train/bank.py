@@ -136,7 +136,8 @@ class TargetBank:
         self._backend, self._data, self._config = backend, data, config
         self._processes = processes or this_process()
         made_by = fingerprint(VERSION, backend.sha256, str(getattr(backend, "dtype", torch.float32)), data.sha256,
-                              config.low_t, config.high_t, list(data.latents.shape[1:]))
+                              config.low_t, config.high_t, list(data.latents.shape[1:]),
+                              *([backend.sizes] if backend.sizes else []))
         # a short trial needs no more targets than it has samples
         size = min(config.bank, max(SIZE, config.steps * config.batch_size))
         whole = -(-size // SIZE) * SIZE  # whole shards, so that a larger bank begins like a smaller one

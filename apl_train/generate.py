@@ -159,6 +159,8 @@ class Studio:
         plan = {"model": self._backend.sha256, "rows": digest, "steps": self._how.steps, "seed": self._how.seed,
                 "guidance": self._how.guidance, "size": self._backend.size,
                 "recogniser": self._embedder.sha256 if self._embedder else None}
+        if sizes := getattr(self._backend, "sizes", None):
+            plan["sizes"] = list(sizes)
         path = self._folder / PLAN
         if path.exists():
             try:

@@ -1,4 +1,5 @@
-"""What the frozen parts of a model say of a data set: latents of its pictures, token ids and states of its captions.
+"""What the frozen parts of a model say of a data set: latents of its pictures, token ids and states of its captions
+(SDXL: and their pooled text).
 
 None of it depends on the prefix, so it is computed once for a model and kept by content (see `shards`).
 """
@@ -16,6 +17,7 @@ from apl_core.errors import DatasetError
 from apl_train.backend import Backend
 from apl_train.dataset import Dataset
 from apl_train.shards import Progress, Rows, ShardStore, fingerprint
+from apl_train.text import Encoded
 
 VERSION = 1
 STATES_LIMIT = 4 * 2**30
@@ -86,7 +88,7 @@ class Captions:
         distinct = list(dict.fromkeys(captions))
         self._row = {caption: row for row, caption in enumerate(distinct)}
         self._rows: Rows | None = None
-        width = sum(backend.text.widths.values())
+        width = sum(backend.text.widths.values())  # SDXL's pooled text is a hundredth of it
         if len(distinct) * 77 * width * 4 > limit:
             return
         keys = [hashlib.sha256(caption.encode()).hexdigest() for caption in distinct]
@@ -100,14 +102,18 @@ class Captions:
         ids = [self._backend.text.tokenize(caption) for caption in captions]
         longest = max(map(len, ids), default=0)
         padded = torch.tensor([one + [-1] * (longest - len(one)) for one in ids], dtype=torch.int32)
-        return {"states": self._encoded(captions), "ids": padded.reshape(len(captions), longest)}
+        found = self._encoded(captions)
+        more = {} if found.pooled is None else {"pooled": found.pooled}
+        return {"states": found.states, "ids": padded.reshape(len(captions), longest), **more}
 
     @torch.no_grad()
-    def _encoded(self, captions: Sequence[str]) -> Tensor:
-        return self._backend.encode(list(captions), overflow="trim").states
+    def _encoded(self, captions: Sequence[str]) -> Encoded:
+        return self._backend.encode(list(captions), overflow="trim")
 
-    def states(self, captions: Sequence[str]) -> Tensor:
-        """[N, 77, width], one chunk each; longer captions are cut."""
+    def encoded(self, captions: Sequence[str]) -> Encoded:
+        """One chunk each; longer captions are cut."""
         if self._rows is None:
             return self._encoded(captions)
-        return self._rows.take("states", [self._row[caption] for caption in captions])
+        rows = [self._row[caption] for caption in captions]
+        pooled = self._rows.take("pooled", rows) if self._backend.family == "sdxl" else None
+        return Encoded(self._rows.take("states", rows), pooled)

@@ -21,11 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from apl_core.placement import LENGTH
+from apl_train import conditioning
 from apl_train.backend import precision_of
 from apl_train.config import TrainConfig
 from apl_train.model_files import read_parts
-from apl_train.precision import DTYPES, Precision
+from apl_train.precision import DTYPES, Precision, vae_dtype
 from apl_train.preflight import own_memory
+from apl_train.text import Encoded
 
 GIB = 2**30
 CUDA_CONTEXT = int(0.5 * GIB)
@@ -158,48 +160,59 @@ def estimate(source: str | Path, config: TrainConfig, *, size: int | None = None
     asked = precision_of(config) if as_on is None else Precision(
         as_on, DTYPES[config.dtype], config.gradient_checkpointing, config.offload)
     parts = read_parts(source, dtype=asked.dtype, vae=config.vae or None, meta=True)
-    unet, vae, text = (m.requires_grad_(False) for m in (parts.unet, parts.vae, parts.text_encoder))
+    unet, vae, *texts = (m.requires_grad_(False) for m in (parts.unet, parts.vae, parts.text_encoder,
+                                                           parts.text_encoder_2) if m is not None)
+    vae.to(vae_dtype(asked.dtype, parts.family, vae.config))
     if asked.checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     edge = unet.config.sample_size if size is None else size // factor
-    channels, width = unet.config.in_channels, text.config.hidden_size
+    channels, widths = unet.config.in_channels, [text.config.hidden_size for text in texts]
+    meta, xl = torch.device("meta"), parts.family == "sdxl"
 
     def latents(n: int, dtype: torch.dtype = asked.dtype) -> Tensor:
         return torch.empty(n, channels, edge, edge, dtype=dtype, device="meta")
 
-    def predict(n: int, states: Tensor) -> Tensor:
-        return unet(latents(n), torch.empty(n, dtype=torch.int64, device="meta"),
-                    encoder_hidden_states=states.to(asked.dtype), return_dict=False)[0].float()
+    def predict(n: int, words: Encoded) -> Tensor:
+        more = conditioning.added(words, conditioning.told(None, edge * factor, edge * factor), meta, asked.dtype)
+        return unet(latents(n), torch.empty(n, dtype=torch.int64, device="meta"), added_cond_kwargs=more,
+                    encoder_hidden_states=words.states.to(asked.dtype), return_dict=False)[0].float()
 
-    def states(n: int) -> Tensor:
-        return torch.empty(n, LENGTH, width, device="meta")
+    def plain(n: int) -> Encoded:
+        pooled = torch.empty(n, texts[1].config.projection_dim, device="meta") if xl else None
+        return Encoded(torch.empty(n, LENGTH, sum(widths), device="meta"), pooled)
+
+    def of_prefix(ids: Tensor) -> Encoded:
+        out = [text(input_ids=ids, output_hidden_states=True) for text in texts]
+        if not xl:
+            return Encoded(out[0].last_hidden_state)
+        return Encoded(torch.cat([one.hidden_states[-2] for one in out], dim=-1), out[1].text_embeds)
 
     def step() -> None:
         n = config.batch_size
         with torch.no_grad():
-            kept = [predict(2 * n, states(2 * n))]  # both frozen predictions, as one batch
-        prefix = torch.empty(config.num_tokens, width, device="meta", requires_grad=True)
+            kept = [predict(2 * n, plain(2 * n))]  # both frozen predictions, as one batch
+        prefix = torch.empty(config.num_tokens, sum(widths), device="meta", requires_grad=True)
         ids = torch.empty(n, LENGTH, dtype=torch.int64, device="meta")
-        # the prefix enters where TextStack puts it, so that the encoder's activations are kept too
-        handle = text.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out + prefix.sum())
-        try:
-            (predict(n, text(input_ids=ids).last_hidden_state) - kept[0][:n]).square().mean().backward()
-        finally:
-            handle.remove()
+        with contextlib.ExitStack() as stack:
+            # the prefix enters where TextStack puts it, so that the encoders' activations are kept too
+            for text in texts:
+                stack.callback(text.get_input_embeddings().register_forward_hook(
+                    lambda _m, _a, out: out + prefix.sum()).remove)
+            (predict(n, of_prefix(ids)) - kept[0][:n]).square().mean().backward()
 
     def encode() -> None:
         with torch.no_grad():
-            pixels = torch.empty(1, 3, edge * factor, edge * factor, dtype=asked.dtype, device="meta")
+            pixels = torch.empty(1, 3, edge * factor, edge * factor, dtype=vae.dtype, device="meta")
             vae.encode(pixels, return_dict=False)[0].mode()
 
     def sample() -> None:
         with torch.no_grad():
-            predict(2, states(2))
-            vae.decode(latents(1), return_dict=False)[0].float()
+            predict(2, plain(2))
+            vae.decode(latents(1, vae.dtype), return_dict=False)[0].float()
 
-    stay = [unet] + ([text] if asked.offload != "all" else []) + ([vae] if asked.offload == "none" else [])
+    stay = [unet] + (texts if asked.offload != "all" else []) + ([vae] if asked.offload == "none" else [])
     weights, visiting = _bytes(*stay), 0 if asked.offload == "none" else _bytes(vae)
     cuda, here = asked.device.type == "cuda", as_on is None
     slack = 1 + CUDA_SLACK * cuda

@@ -209,6 +209,8 @@ class Observer:
             "attributes": getattr(self.attributes, "sha256", ""), "steps": self.steps, "guidance": self.guidance,
             "shots": [[s.prompt, s.seed] for s in shots],
         }
+        if sizes := getattr(self.backend, "sizes", None):
+            values["sizes"] = sizes
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -64,6 +64,11 @@ def chosen(
     return Precision(torch.device(found), DTYPES[dtype], checkpointing, offload)
 
 
+def vae_dtype(dtype: torch.dtype, family: str, vae_config: Any) -> torch.dtype:
+    """Numbers of the VAE: SDXL's leaves the range of fp16 unless its configuration says that it was mended."""
+    return torch.float32 if family == "sdxl" and dtype == torch.float16 and vae_config.force_upcast else dtype
+
+
 class _Scaled(torch.autograd.Function):
     """The identity whose gradient is multiplied by a number."""
 

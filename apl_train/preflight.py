@@ -122,8 +122,8 @@ def dry_run(backend: Backend, config: TrainConfig) -> Measured:
     x = torch.randn(n, backend.unet.config.in_channels, edge, edge, generator=g)
     t = torch.full((n,), 500)
     ids = max(1, round(n * config.id_share)) if n > 1 else 1
-    width = next(iter(backend.text.widths.values()))
-    vectors = {key: torch.zeros(config.num_tokens, width, requires_grad=True) for key in backend.text.widths}
+    vectors = {key: torch.zeros(config.num_tokens, width, requires_grad=True)
+               for key, width in backend.text.widths.items()}
 
     @torch.no_grad()
     def targets() -> torch.Tensor:

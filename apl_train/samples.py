@@ -67,4 +67,4 @@ class TrainingSet:
 
     def plain_states(self, captions: Sequence[str]) -> Encoded:
         """tau(c) without prefix for each caption; one chunk each (longer captions are cut)."""
-        return Encoded(states=self._captions.states(captions), pooled=None)
+        return self._captions.encoded(captions)
