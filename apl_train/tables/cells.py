@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apl_core.atomic import write_safetensors
-from apl_core.errors import ScoreError, TrainingStopped
+from apl_core.errors import APLError, ScoreError, TrainingStopped
 from apl_core.metadata import content_hash
 from apl_train.processes import Processes, this_process
 
@@ -111,7 +111,8 @@ class Runner:
 
         Raises:
             TrainingStopped: `stop()` said so; finished cells are kept.
-            ScoreError: two cells share a key but not a label's place, or another process's cells are not to be seen.
+            APLError: what `work` raised, in every process whichever it happened in; finished cells are kept.
+            ScoreError: another process's cells are not to be seen.
         """
         found: dict[str, Outcome] = {}
         unique = {cell.digest: cell for cell in cells}
@@ -122,7 +123,7 @@ class Runner:
         mine = self.processes.share(todo)
         self.skipped += len(have)
         total, first = sum(c.weight for c in unique.values()), sum(c.weight for d, c in unique.items() if d in have)
-        stopped = False
+        stopped, failure = False, None
         # one process speaks for all: the others are about as far as it is
         with tqdm(total=total, initial=first, desc=title, unit="picture", dynamic_ncols=True,
                   disable=self._quiet or not self.processes.main) as bar:
@@ -130,12 +131,20 @@ class Runner:
                 if stopped := self._stop():
                     break
                 bar.set_postfix_str(cell.label, refresh=True)
-                outcome = work(cell)
-                self.store.save(cell, outcome)
+                try:
+                    outcome = work(cell)
+                    self.store.save(cell, outcome)
+                except APLError as error:
+                    failure = error  # told to the others first: they wait for this process below
+                    break
                 found[cell.digest] = outcome
                 self.done += 1
                 bar.update(min(cell.weight * self.processes.count, total - bar.n))
-        if any(self.processes.everyone(stopped)):
+        ends = self.processes.everyone((stopped, failure))
+        for _, error in ends:
+            if error is not None:
+                raise error
+        if any(stopped for stopped, _ in ends):
             raise TrainingStopped(f"Stopped in {title}; the cells that are done are kept in {self.store.folder}.",
                                   "The same command goes on from there.")
         return [found.get(cell.digest) or self._of_others(cell) for cell in cells]

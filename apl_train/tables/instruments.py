@@ -79,6 +79,8 @@ class Instruments:
     def extractors(self) -> dict[str, Extractor]:
         """Features for FID by name; the first is the headline."""
         where = self._settings.features
+        if where == "none":
+            return {}
         if where != shipped.MINIATURE:
             return {INCEPTION: Inception(where, self._settings.resize, self._device)}
         found: dict[str, Extractor] = {CLIP: OnnxClip(shipped.locate("clip", shipped.MINIATURE), self._pooled)}

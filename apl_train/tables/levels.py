@@ -16,7 +16,7 @@ from apl_train.charts import sweep_plot
 from apl_train.svg import standalone
 from apl_train.tables.document import figure_folder
 from apl_train.tables.evaluation import Evaluation
-from apl_train.tables.looks import Want, scores_of
+from apl_train.tables.looks import scores_of
 from apl_train.tables.methods import Method, base_method, prefix_method
 from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.sweeps import SERIES, point
@@ -47,7 +47,7 @@ def measure(ev: Evaluation) -> Table:
     methods |= {step: prefix_method(ev.base, str(path), f"step {step}") for step, path in levels.items()}
     methods[max(ev.prompt.meta.steps or 0, max(levels) + 1)] = prefix_method(ev.base, ev.prompt, "finished")
     gallery = ev.tools.gallery([p for g in groups.values() for p in g])
-    wanted = [(f"{m.name} {s}", m, ev.camera.subjects(g), range(size.seeds), Want())
+    wanted = [(f"{m.name} {s}", m, ev.camera.subjects(g), range(size.seeds))
               for m in methods.values() for s, g in groups.items()]
     seen = iter(ev.camera.see("fig6", wanted))
     rows, points = [], []

@@ -27,22 +27,14 @@ Subjects = Sequence[tuple[str, str]]
 """(subject, prompt): a person's name and c1, or a neutral prompt twice."""
 
 
-@dataclass(frozen=True)
-class Want:
-    """Which measurements a table needs; faces are always looked for."""
-
-    features: bool = False
-    clip: bool = False
-    classes: bool = False
-
-
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What was seen in subjects x seeds pictures, the seeds of a subject side by side.
 
     Attributes:
         observed: faces and attribute classes, as scores take them.
-        features: by extractor, float32 [N, d]; clip: float64 [N]; empty where not asked for.
+        features: by extractor, float32 [N, d], "attr_acc" among them where there is an attribute model.
+        clip: float64 [N]; empty where there is no CLIP.
         notes: what the method says of itself.
     """
 
@@ -66,42 +58,42 @@ class Camera:
         """(name, c1) of persons."""
         return [(p.name, self.settings.template.replace("{}", p.name)) for p in persons]
 
-    def cells(self, label: str, method: Method, subjects: Subjects, seeds: Sequence[int], want: Want) -> list[Cell]:
-        """One cell a seed number."""
+    def cells(self, label: str, method: Method, subjects: Subjects, seeds: Sequence[int]) -> list[Cell]:
+        """One cell a seed number, with everything that this evaluation can measure: tables share what they sample."""
         key = {"pictures": dict(method.key), "subjects": digest([list(s) for s in subjects]),
                "steps": self.settings.steps, "guidance": self.settings.guidance,
-               "want": [want.features, want.clip, want.classes], "models": dict(self.instruments.hashes())}
+               "models": dict(self.instruments.hashes())}
         return [Cell(f"{label} seed {k}", key | {"k": k}, len(subjects)) for k in seeds]
 
-    def see(self, title: str, wanted: Sequence[tuple[str, Method, Subjects, Sequence[int], Want]]) -> list[Seen]:
-        """What is seen by each of `wanted` (label, method, subjects, seed numbers, measurements).
+    def see(self, title: str, wanted: Sequence[tuple[str, Method, Subjects, Sequence[int]]]) -> list[Seen]:
+        """What is seen by each of `wanted` (label, method, subjects, seed numbers).
 
         All cells are one piece of work: they are divided among the processes, and one bar tells the time left. A
         method is let go of once its last cell is done.
         """
         cells: list[Cell] = []
-        jobs: dict[str, tuple[Method, Subjects, int, Want]] = {}
-        for label, method, subjects, seeds, want in wanted:
-            for cell, k in zip(self.cells(label, method, subjects, seeds, want), seeds, strict=True):
+        jobs: dict[str, tuple[Method, Subjects, int]] = {}
+        for label, method, subjects, seeds in wanted:
+            for cell, k in zip(self.cells(label, method, subjects, seeds), seeds, strict=True):
                 cells.append(cell)
-                jobs[cell.digest] = method, subjects, k, want
+                jobs[cell.digest] = method, subjects, k
         last: list[Method] = []
 
         def work(cell: Cell) -> Outcome:
-            method, subjects, k, want = jobs[cell.digest]
+            method, subjects, k = jobs[cell.digest]
             if last and last[0] is not method:
                 last.pop().close()  # a baseline holds a copy of the model
             last[:] = [method]
-            return self._look(method, subjects, k, want)
+            return self._look(method, subjects, k)
 
         outcomes = iter(self.runner.fill(title, cells, work))
         for method in last:
             method.close()
-        return [joined([next(outcomes) for _ in seeds], len(subjects)) for _, _, subjects, seeds, _ in wanted]
+        return [joined([next(outcomes) for _ in seeds], len(subjects)) for _, _, subjects, seeds in wanted]
 
-    def _look(self, method: Method, subjects: Subjects, k: int, want: Want) -> Outcome:
+    def _look(self, method: Method, subjects: Subjects, k: int) -> Outcome:
         shots = [Shot(subject, prompt, k) for subject, prompt in subjects]
-        parts = [self._part(method, shots[start : start + PART], want) for start in range(0, len(shots), PART)]
+        parts = [self._part(method, shots[start : start + PART]) for start in range(0, len(shots), PART)]
         names = parts[0][0].keys()
         width = max((p[0]["embeddings"].shape[1] for p in parts if len(p[0]["embeddings"])), default=1)
         tensors = {}
@@ -112,7 +104,7 @@ class Camera:
             tensors[name] = torch.from_numpy(np.ascontiguousarray(np.concatenate(rows)))
         return Outcome(tensors, {"attributes": [one for p in parts for one in p[1]], "method": dict(method.notes)})
 
-    def _part(self, method: Method, shots: Sequence[Shot], want: Want) -> tuple[dict[str, NDArray], list[Any]]:
+    def _part(self, method: Method, shots: Sequence[Shot]) -> tuple[dict[str, NDArray], list[Any]]:
         s, tools = self.settings, self.instruments
         images = method.sample([x.prompt for x in shots], [x.seed for x in shots], steps=s.steps,
                                guidance=s.guidance).images
@@ -121,14 +113,15 @@ class Camera:
         arrays: dict[str, NDArray] = {
             "counts": np.array([len(found) for found in faces], np.int64),
             "embeddings": np.stack(flat).astype(np.float32) if flat else np.zeros((0, 1), np.float32)}
-        if want.features:
-            arrays |= {f"features.{k}": v.features(images) for k, v in tools.extractors.items()}
-        if want.classes and tools.attributes is not None:
-            arrays["attribute_features"] = tools.attributes.features(images)
-        if want.clip and tools.clip is not None:
+        arrays |= {f"features.{k}": v.features(images) for k, v in tools.extractors.items()}
+        if tools.attributes is not None:
+            shared = next((k for k, v in tools.extractors.items() if v is tools.attributes), None)
+            arrays["attribute_features"] = (arrays[f"features.{shared}"] if shared
+                                            else tools.attributes.features(images))
+        if tools.clip is not None:
             arrays["clip"] = np.asarray(tools.clip.scores(images, [x.prompt for x in shots]), np.float64)
         read = [None] * len(shots)
-        if want.classes and tools.reader is not None:
+        if tools.reader is not None:
             said = tools.reader.read(images)
             read = [dict(one) if found else None for one, found in zip(said, faces, strict=True)]
         return arrays, read

@@ -18,7 +18,7 @@ from apl_train.grids import labelled
 from apl_train.observe import Shot
 from apl_train.tables.document import figure_folder
 from apl_train.tables.evaluation import Evaluation
-from apl_train.tables.looks import Want, scores_of
+from apl_train.tables.looks import scores_of
 from apl_train.tables.methods import Method, base_method, prefix_method
 from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.table1 import SPLITS
@@ -44,8 +44,8 @@ def measure(ev: Evaluation) -> Table:
     gallery = ev.tools.gallery([p for g in groups.values() for p in g])
     rows, rates = [], {}
     for name, method in methods.items():
-        wanted = [(f"{name} {s}", method, ev.camera.subjects(g), range(size.seeds), Want()) for s, g in groups.items()]
-        wanted += [(f"{name} {k}", method, p, range(size.prompt_seeds), Want(clip=True)) for k, p in prompts.items()]
+        wanted = [(f"{name} {s}", method, ev.camera.subjects(g), range(size.seeds)) for s, g in groups.items()]
+        wanted += [(f"{name} {k}", method, p, range(size.prompt_seeds)) for k, p in prompts.items()]
         seen = iter(ev.camera.see(f"fig7 {name}", wanted))
         values: dict[str, Any] = {
             f"{s}_mean": id_scores.cluster_bootstrap(scores_of(g, next(seen), gallery)) for s, g in groups.items()}
@@ -95,7 +95,7 @@ def measure_loss(ev: Evaluation) -> Table:
             ev.base, trained(ev, size, alpha=1.0, loss="released"), "released loss"),
         "equation 5, alpha 0": prefix_method(ev.base, trained(ev, size, alpha=0.0), "equation 5, alpha 0"),
     }
-    wanted = [(f"{name} {s}", m, ev.camera.subjects(g), range(size.seeds), Want())
+    wanted = [(f"{name} {s}", m, ev.camera.subjects(g), range(size.seeds))
               for name, m in methods.items() for s, g in groups.items()]
     seen = iter(ev.camera.see("loss", wanted))
     scores = {(name, s): scores_of(g, next(seen), gallery) for name in methods for s, g in groups.items()}

@@ -95,7 +95,7 @@ class EvaluateSettings:
     attributes: str = "miniature"
     """Attr-ACC: "miniature", an attributes.json, "farl" (facer), or "none"."""
     features: str = "miniature"
-    """FID: "miniature" (its CLIP's picture tower and its attribute model), an Inception file for clean-fid."""
+    """FID: "miniature" (its CLIP's picture tower and its attribute model), an Inception file for clean-fid, "none"."""
     resize: str = "clean"
     """clean-fid's mode: "clean" or "legacy_tensorflow"."""
     clip: str = "miniature"

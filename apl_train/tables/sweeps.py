@@ -19,7 +19,7 @@ from apl_train.charts import sweep_plot
 from apl_train.svg import standalone
 from apl_train.tables.document import figure_folder
 from apl_train.tables.evaluation import Evaluation
-from apl_train.tables.looks import Want, scores_of
+from apl_train.tables.looks import scores_of
 from apl_train.tables.methods import prefix_method
 from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.table1 import SPLITS
@@ -75,7 +75,7 @@ def measure(ev: Evaluation, sweep: Sweep) -> Table:
         changed = None if sweep.field == "persons" and setting == everybody else setting
         method = prefix_method(ev.base, trained(ev, size, **{sweep.field: changed}), f"{sweep.field} {value:g}")
         seen = ev.camera.see(f"{sweep.key} {value:g}", [
-            (f"{method.name} {split}", method, ev.camera.subjects(group), range(size.seeds), Want())
+            (f"{method.name} {split}", method, ev.camera.subjects(group), range(size.seeds))
             for split, group in groups.items()])
         values: dict[str, Any] = {}
         for (split, group), one in zip(groups.items(), seen, strict=True):

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from apl_core import id_scores
-from apl_core.errors import APLError
+from apl_core.errors import APLError, TrainingStopped
 from apl_core.id_scores import Interval
 from apl_train import paper_figures
 from apl_train.backend import Backend
 from apl_train.tables.evaluation import Evaluation
-from apl_train.tables.looks import Want, scores_of
+from apl_train.tables.looks import scores_of
 from apl_train.tables.methods import Method, base_method, prefix_method
 from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.settings import ModelEntry
@@ -48,15 +48,16 @@ def measure(ev: Evaluation) -> Table:
     ratios: dict[str, dict[str, Interval]] = {}
     for entry in ev.settings.models or (ModelEntry(ev.settings.checkpoint, ev.settings.checkpoint),):
         try:
-            backend = ev.backend(entry.checkpoint)
-            pair = _pair(ev, entry, backend)
+            pair = _pair(ev, entry, ev.backend(entry.checkpoint))
+            wanted = [(f"{entry.name} {condition} {split}", method, ev.camera.subjects(group), range(size.seeds))
+                      for condition, method in pair.items() for split, group in groups.items()]
+            seen = iter(ev.camera.see(f"table1 {entry.name}", wanted))
+        except TrainingStopped:
+            raise
         except APLError as error:  # this model only: the others' rows are worth having
             rows += [Row(f"{entry.name}{end}", {}, paper_values(entry, condition), f"not run: {error.message}")
                      for condition, end in (("off", ""), ("on", " + APL"))]
             continue
-        wanted = [(f"{entry.name} {condition} {split}", method, ev.camera.subjects(group), range(size.seeds), Want())
-                  for condition, method in pair.items() for split, group in groups.items()]
-        seen = iter(ev.camera.see(f"table1 {entry.name}", wanted))
         scores = {(condition, split): scores_of(group, next(seen), gallery)
                   for condition in pair for split, group in groups.items()}
         for condition, end in (("off", ""), ("on", " + APL")):

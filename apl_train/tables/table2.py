@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apl_core import id_scores
-from apl_core.errors import APLError
+from apl_core.errors import APLError, ScoreError, TrainingStopped
 from apl_core.id_scores import Interval, PersonScores
 from apl_train import claims, paper_figures, shipped
 from apl_train.attributes import attr_acc
@@ -26,13 +26,12 @@ from apl_train.persons import PersonRecord
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.features import average_cosine
 from apl_train.tables.frechet import fid
-from apl_train.tables.looks import Seen, Want, scores_of
+from apl_train.tables.looks import Seen, scores_of
 from apl_train.tables.methods import Method, base_method, baselines, prefix_method
 from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.settings import Size
 
 NEUTRAL = "neutral"
-ID, OTHER = Want(features=True, classes=True), Want(features=True, clip=True)
 COLUMNS = [
     Column("fid_id", "ID FID"), Column("fid_id_other_seeds", "ID FID, other seeds"), Column("id_acc", "ID-ACC, unseen"),
     Column("id_acc_listed", "ID-ACC, listed"), Column("faces", "with a face", 2), Column("attr_acc", "Attr-ACC"),
@@ -52,23 +51,31 @@ class Look:
 
 
 def measure(ev: Evaluation) -> Table:
-    """Base (twice, for the floor), APL, and every baseline that is there; one that fails has a row that says why."""
+    """Base (twice, for the floor), APL, and every baseline that is there; one that fails has a row that says why.
+
+    Raises:
+        ScoreError: there are no neutral prompts, or no features for FID.
+    """
     size = ev.settings.size("table2")
     groups, prompts = ev.groups(size), _neutral(ev, size)
+    if not prompts or not ev.tools.extractors:
+        raise ScoreError("Table 2 needs neutral prompts and features for FID.",
+                         "Put a neutral.csv beside people.csv, and name features in the preset.", field="features")
     everybody = [p for group in groups.values() for p in group]
     gallery = ev.tools.gallery(everybody)
-    base = base_method(ev.base)
-    floor = _take(ev, "base other seeds", base_method(ev.base), groups, prompts, size, shift=True)
-    off = _take(ev, "base", base, groups, prompts, size)
+    unseen = "test" if "test" in groups else next(iter(groups))
+    off = _take(ev, "base", base_method(ev.base), groups, prompts, size)
+    floor = _take(ev, "base other seeds", base_method(ev.base), {unseen: groups[unseen]}, prompts, size, shift=True)
     rows, looks, failed = [], {}, []
     for method in [prefix_method(ev.base, ev.prompt), *_baselines(ev, size)]:
         try:
             looks[method.name] = (_take(ev, method.name, method, groups, prompts, size), method)
+        except TrainingStopped:
+            raise
         except APLError as error:
             failed.append(Row(method.name, {}, paper_row(method.name), f"not run: {error.message}"))
         finally:
             method.close()
-    unseen = "test" if "test" in groups else next(iter(groups))
     scores = {name: {s: scores_of(g, look.persons[s], gallery) for s, g in groups.items()}
               for name, look in {"base": off, **{k: v[0] for k, v in looks.items()}}.items()}
     references = ev.tools.attribute_references(groups[unseen]) if ev.tools.attributes is not None else None
@@ -109,9 +116,8 @@ def _take(ev: Evaluation, name: str, method: Method, groups: Mapping[str, Sequen
     """shift: seeds that no other row uses."""
     seeds = range(size.seeds, 2 * size.seeds) if shift else range(size.seeds)
     neutral_seeds = range(size.prompt_seeds, 2 * size.prompt_seeds) if shift else range(size.prompt_seeds)
-    wanted = [(f"{name} {s}", method, ev.camera.subjects(g), seeds, ID) for s, g in groups.items()]
-    if prompts:
-        wanted.append((f"{name} {NEUTRAL}", method, prompts, neutral_seeds, OTHER))
+    wanted = [(f"{name} {s}", method, ev.camera.subjects(g), seeds) for s, g in groups.items()]
+    wanted.append((f"{name} {NEUTRAL}", method, prompts, neutral_seeds))
     seen = ev.camera.see(f"table2 {name}", wanted)
     return Look(dict(zip(groups, seen, strict=False)), seen[-1])
 

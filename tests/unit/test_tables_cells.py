@@ -133,6 +133,29 @@ def test_two_processes_divide_what_is_missing(tmp_path: Path) -> None:
     assert worked == {0: ["cell 1", "cell 3", "cell 5"], 1: ["cell 2", "cell 4"]}
 
 
+def test_what_goes_wrong_in_a_cell_is_raised_and_the_rest_kept(tmp_path: Path) -> None:
+    def work(cell: Cell) -> Outcome:
+        if cell.key["i"] == 2:
+            raise ScoreError("it broke")
+        return square(cell)
+
+    runner = Runner(tmp_path, quiet=True)
+    with pytest.raises(ScoreError, match="it broke"):
+        runner.fill("t", CELLS, work)
+    assert runner.done == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_goes_wrong_elsewhere_is_raised_here_too(tmp_path: Path) -> None:
+    class Beside(Processes):
+        count = 1
+
+        def everyone(self, value: Any) -> list[Any]:
+            return [value, (False, ScoreError("there it broke"))]
+
+    with pytest.raises(ScoreError, match="there it broke"):
+        Runner(tmp_path, processes=Beside(), quiet=True).fill("t", CELLS[:1], square)
+
+
 def test_file_names_are_plain_whatever_the_label(tmp_path: Path) -> None:
     store = CellStore(tmp_path)
     names = [store.path(Cell(label, {})).name for label in ("../../etc", "a/b\\c", "", "x" * 300, "ü ö")]
