@@ -20,7 +20,7 @@ def add_options(parsers: dict[str, ArgumentParser]) -> None:
     p = parsers["baselines"]
     p.add_argument("--method", type=str, nargs="+", default=["all"],
                    help='one or more of: negative-prompt, esd, uce, ca, fmn, speed, semantic-surgery, sld; or "all"')
-    p.add_argument("--persons", type=int, default=16, help="listed persons to picture, and as many unseen ones")
+    p.add_argument("--persons", type=int, default=12, help="listed persons to picture, and as many unseen ones")
     p.add_argument("--seeds", type=int, default=2, help="pictures of each person")
     p.add_argument("--tune-only", action="store_true", help="stop after the grid of settings")
     p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="keeps what the model's own pictures show")
@@ -45,10 +45,10 @@ def baselines(args: Namespace, tell: Tell) -> None:
         tell(args, found, "\n".join(f"{name}: {settings}" for name, settings in found.items()))
         return
     strips = Strips(comparison, args.work)
-    for name in ("base", "apl"):
-        comparison.reference(name, strips.take)
     for name in names:
         comparison.method(name, strips.take)
+    for name in ("base", "apl"):
+        comparison.reference(name, strips.take)
     every = ["base", *BASELINES, "apl"]
     methods = {n: comparison.state["methods"][n] for n in every if n in comparison.state["methods"]}
     text = table({**comparison.state, "methods": methods})

@@ -42,16 +42,18 @@ class Plan:
         prompts, prompt_seeds: neutral prompts of each kind, and pictures of each.
         tuning_persons, tuning_seeds, tuning_steps: of the development split: the last of the list.
         tuning_prompts: training captions of each kind that drift is tuned on; no method is told to keep them.
+        tuning_impostors: further listed persons, unpictured, whom the threshold of recognition is set with.
     """
 
-    persons: int = 16
+    persons: int = 12
     seeds: int = 2
-    prompts: int = 8
+    prompts: int = 6
     prompt_seeds: int = 2
     tuning_persons: int = 12
-    tuning_seeds: int = 2
+    tuning_seeds: int = 1
     tuning_steps: int = 10
-    tuning_prompts: int = 4
+    tuning_prompts: int = 3
+    tuning_impostors: int = 24
 
     def __post_init__(self) -> None:
         for name, low in (("persons", 2), ("seeds", 1), ("prompts", 1), ("prompt_seeds", 2)):
@@ -134,7 +136,7 @@ class Comparison:
         if self._tuning_ground is None:
             dev = self.on_list[-plan.tuning_persons :]
             self._tuning_ground = ground(self.backend, tools, dev, (), self.tuning_neutral, plan.tuning_seeds,
-                                         impostors=self.on_list[: -plan.tuning_persons])
+                                         impostors=self.on_list[: -plan.tuning_persons][-plan.tuning_impostors :])
 
         def keep_rows(rows: list[dict[str, Any]]) -> None:
             self.state["tuning"][name] = rows

@@ -40,7 +40,7 @@ class ConceptAblation(Baseline):
     title = "Concept Ablation"
     paper = "Kumari et al., ICCV 2023, arXiv 2303.13516"
     changes = "weights"
-    defaults: Mapping[str, Any] = {"anchor": "description", "learning_rate": 3e-4, "iterations": 60, "batch": 8,
+    defaults: Mapping[str, Any] = {"anchor": "description", "learning_rate": 3e-4, "iterations": 60, "batch": 4,
                                    "anchor_weight": 1.0}
     grid = ({"anchor": "description", "learning_rate": 1e-4}, {"anchor": "description", "learning_rate": 1e-3},
             {"anchor": "a person", "learning_rate": 1e-3})

@@ -37,7 +37,7 @@ class ESD(Baseline):
     title = "ESD-x"
     paper = "Gandikota et al., ICCV 2023, arXiv 2303.07345"
     changes = "weights"
-    defaults: Mapping[str, Any] = {"eta": 1.0, "learning_rate": 3e-4, "iterations": 40, "batch": 8, "guidance": 3.0,
+    defaults: Mapping[str, Any] = {"eta": 1.0, "learning_rate": 3e-4, "iterations": 40, "batch": 4, "guidance": 3.0,
                                    "sampling_steps": 10}
     grid = ({"eta": 1.0, "learning_rate": 1e-4}, {"eta": 1.0, "learning_rate": 5e-4},
             {"eta": 3.0, "learning_rate": 1e-4})

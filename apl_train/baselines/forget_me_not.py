@@ -62,7 +62,7 @@ class ForgetMeNot(Baseline):
     title = "Forget-Me-Not"
     paper = "Zhang et al., CVPRW 2024, arXiv 2303.17591"
     changes = "weights"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-4, "iterations": 40, "batch": 8}
+    defaults: Mapping[str, Any] = {"learning_rate": 1e-4, "iterations": 40, "batch": 4}
     grid = ({"learning_rate": 3e-5}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3})
 
     def edit(self, backend: Backend, persons: Sequence[Person], settings: Mapping[str, Any], *, keep: Sequence[str],
