@@ -183,7 +183,8 @@ class Rows:
                 continue
             own = id_scores.normalise(seen[0].embedding[None])[0]
             for kind, text in (("word", f"A close-up portrait of {record.name}"), ("description", record.c2)):
-                found[kind] += self.likeness(self.bench.backend, None, text, own, record.name, 2).values.tolist()
+                found[kind] += self.likeness(self.bench.backend, None, text, own, record.name,
+                                             2).similarities.tolist()
         return {kind: float(np.mean(values)) for kind, values in found.items() if values}
 
 

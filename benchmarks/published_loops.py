@@ -13,6 +13,7 @@ ratio to diffusers' loop becomes a row of benchmarks/claims.json.
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import os
 import resource
 import runpy
@@ -42,8 +43,7 @@ def diffusers_folder(out: Path) -> Path:
     parts = read_parts(shipped.locate("base_model", shipped.MINIATURE))
     for name in ("unet", "vae", "text_encoder", "tokenizer"):
         getattr(parts, name).save_pretrained(out / name)
-    schedule = {k: v for k, v in parts.schedule.items() if not k.startswith("_")}
-    DDPMScheduler(**schedule).save_pretrained(out / "scheduler")
+    DDPMScheduler.from_config(parts.schedule).save_pretrained(out / "scheduler")  # DDIM's own settings fall away
     return out
 
 
@@ -79,7 +79,10 @@ def run_as_it_is(script: str, arguments: list[str]) -> None:
         module = types.ModuleType("torchvision")
         module.transforms = types.ModuleType("torchvision.transforms")
         module.transforms.RandomHorizontalFlip = RandomHorizontalFlip
-        import transformers  # noqa: F401 (it looks for the real one as it is imported)
+        module.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+        # these look for the real one as they are imported, and remember that there is none
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
         sys.modules |= {"torchvision": module, "torchvision.transforms": module.transforms}
     import torch

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -69,22 +70,30 @@ def inside(count: int, looks: int) -> None:
     if len(processes.merge(faces)) != count:
         raise SystemExit("a picture was left out")
     if processes.main:
-        sys.stdout.write(f"{MARK}{json.dumps({'generate': generate, 'score': score})}\n")
+        sys.stdout.write(f"{MARK}{json.dumps({'generate': generate, 'score': score, 'processes': processes.count})}\n")
 
 
 def run(processes: int, count: int, looks: int) -> dict[str, dict[str, float]]:
     """Seconds of so many processes for the same work."""
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--num_processes", str(processes)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # without a GPU, --multi_gpu starts CPU processes; --cpu would start one, whatever their number
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--num_processes", str(processes), "--main_process_port", str(port)]
     argv = [sys.executable, *(launch if processes > 1 else ()), __file__, "--inside", "--pictures", str(count),
             "--looks", str(looks)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+           "ACCELERATE_USE_CPU": "true",
            "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     done = subprocess.run(argv, env=env, check=False, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if MARK in line]
     if done.returncode or not lines:
         raise SystemExit(f"{processes} process(es) failed:\n{done.stderr[-2000:]}")
-    return json.loads(lines[0].partition(MARK)[2])
+    told = json.loads(lines[0].partition(MARK)[2])
+    if told.pop("processes") != processes:
+        raise SystemExit(f"{processes} process(es) were asked for, others were started: nothing to compare")
+    return told
 
 
 def main() -> None:

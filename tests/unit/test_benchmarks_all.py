@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -91,6 +91,25 @@ def test_why_the_papers_loop_cannot_be_imported_is_said(benchmark, tmp_path: Pat
     assert "face_data" in loops.why_not(tmp_path)
     (tmp_path / "train.py").write_text("x = 1\n", "utf-8")
     assert loops.why_not(tmp_path) == ""
+
+
+def test_others_than_the_processes_asked_for_are_no_comparison(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = benchmark("two_processes")
+    told = {"generate": {"cpu": 1.0}, "score": {"cpu": 1.0}, "processes": 1}
+    done = SimpleNamespace(returncode=0, stdout=f"note\n{two.MARK}{json.dumps(told)}\n", stderr="")
+    monkeypatch.setattr(two.subprocess, "run", lambda *_a, **_k: done)
+    assert two.run(1, 4, 1) == {"generate": {"cpu": 1.0}, "score": {"cpu": 1.0}}
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        two.run(2, 4, 1)
+
+
+def test_the_miniature_is_a_folder_that_diffusers_reads(benchmark, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder = benchmark("published_loops").diffusers_folder(tmp_path / "model")
+    schedule = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    assert schedule.config.prediction_type == "epsilon" and schedule.config.beta_schedule == "scaled_linear"
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True)
+    assert unet.config.sample_size == 16 and unet.config.cross_attention_dim == 96
 
 
 def test_sdxl_is_counted_at_its_published_size(benchmark) -> None:
