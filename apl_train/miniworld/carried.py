@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apl_core.atomic import write_json
+from apl_core.atomic import write_bytes, write_json
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import claims, shipped
+from apl_train.grids import labelled, to_png
 from apl_train.miniworld.card import PREFIX_NAME, Bench, folder
 
 RELATIVES = ("miniature-1.4", "miniature-realistic")
@@ -139,7 +140,25 @@ def write_carried(cache: Path | None = None, only: Sequence[str] = ("relatives",
         if name in only:
             found[name] = measure(cache or Path("runs/cache"))
             write_json(path, found)
+    write_picture(cache or Path("runs/cache"))
     return found, table(found)
+
+
+def write_picture(cache: Path, carried: AnonymizationPrompt | None = None) -> Path:
+    """docs/figures/family.png: six unseen persons and two things on every model, without and with the one prefix."""
+    prompt = load_prefix(shipped.prefix_file(PREFIX_NAME))
+    rows, labels = [], []
+    for model in (shipped.MINIATURE, *RELATIVES, SDXL):
+        bench = Bench(cache, model)
+        persons = [f"A close-up portrait of {p.name}" for p in bench.people.of_split("test", 6)]
+        prompts = persons + [p.prompt for p in bench.people.of_kind("nonface", 2)]
+        vectors = (carried or carried_prefixes()["auto"]) if model == SDXL else prompt
+        for label, chosen in (("without", None), ("with", vectors)):
+            rows.append(bench.backend.sample(prompts, list(range(100, 108)), vectors=chosen).images)
+            labels.append(f"{model} {label}")
+    path = folder().parent / "docs" / "figures" / "family.png"
+    write_bytes(path, to_png(labelled(np.stack(rows), labels, label_width=150)))
+    return path
 
 
 def table(found: Mapping[str, Any]) -> str:
