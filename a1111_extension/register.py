@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from . import counter
+from . import carry, counter
 from .api import add_routes
 from .conds import patch_processing
 from .encoder import patch_encoders
@@ -106,6 +106,8 @@ def _tabs() -> list[tuple[Any, str, str]]:
     tabs = [(tab(), "Identity check", "apl_identity")]
     trainer = trainer_tab()
     _polls = trainer is not None
+    if not (JOBS.enforced and JOBS.policy.lock_training):
+        tabs.append((carry.tab(), "Prefix transfer", "apl_transfer_tab"))
     return [*tabs, (trainer, "APL Trainer", "apl_trainer")] if trainer is not None else tabs
 
 

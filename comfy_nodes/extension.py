@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import nodes_apply, nodes_chunks, nodes_compare, nodes_files, nodes_load, nodes_score, nodes_train, provenance
+from . import (
+    nodes_apply,
+    nodes_chunks,
+    nodes_compare,
+    nodes_files,
+    nodes_load,
+    nodes_score,
+    nodes_train,
+    nodes_transfer,
+    provenance,
+)
 from .folders import register
 
-MODULES = (nodes_load, nodes_apply, nodes_chunks, nodes_files, nodes_train, nodes_compare, nodes_score)
+MODULES = (nodes_load, nodes_apply, nodes_chunks, nodes_files, nodes_train, nodes_compare, nodes_score, nodes_transfer)
 
 
 class APLExtension(ComfyExtension):

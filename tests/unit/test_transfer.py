@@ -1,6 +1,6 @@
 """Carrying vectors between token tables: against PTfer's published search, numpy by hand, and the truth of made tables.
 
-The search is written here from its description (arXiv 2310.01691; field.md 3.1) and used by no product code.
+The search is `fakes/published_search.py`, written from its description and used by no product code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import published_search
 from torch import Tensor
 
 from apl_core.errors import ConfigError, ModelError, PrefixFileError
@@ -45,31 +46,12 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(a, b, dim=-1)
 
 
-def published_search(a: Tensor, b: Tensor, vectors: Tensor, steps: int = 2000) -> tuple[Tensor, float]:
-    """(candidates [n, dt], loss) of PTfer's search: Adam from Xavier-normal candidates, the cosine loss on relative
-    codes; every step the whole candidate is shifted and scaled to the target table's mean and standard deviation."""
-    codes = unit(vectors) @ unit(a).T
-    torch.manual_seed(0)
-    raw = torch.empty(len(vectors), b.shape[1])
-    torch.nn.init.xavier_normal_(raw)
-    raw.requires_grad_(True)
-    optimizer = torch.optim.Adam([raw], lr=5e-3)
-    rows, ones = unit(b), torch.ones(len(vectors))
-    for _ in range(steps):
-        candidate = (raw - raw.mean()) / raw.std() * b.std() + b.mean()
-        loss = torch.nn.functional.cosine_embedding_loss(unit(candidate) @ rows.T, codes, ones)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return candidate.detach(), float(loss.detach())
-
-
 def test_ptfer_s_closed_form_is_what_the_published_search_finds() -> None:
     source, target = shared_tables(tokens=800, ds=16, dt=20, shared=16, noise=0.3)
     ids = torch.arange(790)
     a, b = source.vectors[ids], target.vectors[ids]
     vectors = source.vectors[790:]
-    searched, loss = published_search(a, b, vectors)
+    searched, loss = published_search.search(a, b, vectors)
     matrix = Spectra(Moments(source.vectors, target.vectors, ids, torch.ones(790))).map("ptfer", 1e-9).float()
     closed = unit(vectors) @ matrix.T
     assert float(cosines(closed, searched).min()) >= 0.995
