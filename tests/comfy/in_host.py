@@ -726,7 +726,8 @@ def check_example_workflows_are_valid() -> None:
     Image.new("RGB", (32, 32)).save(SCRATCH / "input" / "example.png")
     used = set()
     for path in paths:
-        prompt = workflow_files.prompt_of(path, ckpt_name="mini.safetensors", prompt_name="ap-sd1")
+        prompt = workflow_files.prompt_of(path, ckpt_name="mini.safetensors", prompt_name="ap-sd1",
+                                          from_checkpoint="mini.safetensors", to_checkpoint="mini.safetensors")
         valid, error, outputs, problems = validated(prompt)
         assert valid and not problems, f"{path.name}: {error} {problems}"
         assert len(outputs) >= 1
