@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from apl_train.control import leave_code
+from apl_train.control import job_folder, leave_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,4 +23,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    if job_folder() is not None:  # all is written; an interpreter's own way out takes seconds with a model in memory
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended)
+    sys.exit(ended)

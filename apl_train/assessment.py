@@ -20,6 +20,7 @@ from apl_train.backend import Backend
 from apl_train.evaluate import evaluate
 from apl_train.events import read_events
 from apl_train.persons import EvaluationSet
+from apl_train.processes import this_process
 from apl_train.report import LevelsRow, Pair, PersonRow, Report, write_report
 from apl_train.scoring import StageBars
 
@@ -98,9 +99,10 @@ class Assessment:
                              "lo": on["ci95"][0], "hi": on["ci95"][1]})
         began = time.monotonic()
         scores["seconds"] |= {f"demo {k}": round(v, 1) for k, v in self.seconds.items()}
-        write_report(self.out / "report.html", self._report(scores, level_scores, album, albums))
-        self.seconds["report"] = time.monotonic() - began
-        write_json(self.out / "scores.json", scores)
+        if this_process().main:
+            write_report(self.out / "report.html", self._report(scores, level_scores, album, albums))
+            self.seconds["report"] = time.monotonic() - began
+            write_json(self.out / "scores.json", scores)
         return scores
 
     def _levels(self, bars: StageBars, sampler: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[int, Album]]:

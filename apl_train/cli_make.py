@@ -152,11 +152,12 @@ def _described(args: Namespace, people: list[Any]) -> list[Any]:
     """The persons with drafted descriptions, once somebody looked them over."""
     from apl_train.cast import read_cast
     from apl_train.describe import Endpoint, draft
+    from apl_train.processes import this_process
 
     drafts = args.out / "descriptions.csv"
     seen = drafts.exists() and all(p.description for p in read_cast(drafts, descriptions=False))
     endpoint = None if args.describe == "template" else Endpoint(args.describe, args.describe_model)
-    found = draft(people, endpoint, drafts)
+    found = this_process().once(lambda: draft(people, endpoint, drafts))  # of several processes one asks
     if not seen and not args.accept_descriptions:
         drafted = sum(not p.description for p in people)
         raise DatasetError(f"{drafted} descriptions were drafted; nothing was drawn yet.",
@@ -170,6 +171,7 @@ def _generate_reg(args: Namespace) -> tuple[dict[str, Any], str]:
     from apl_train.cast import neutral_prompts, read_cast, table_of
     from apl_train.generate import wanted_of_prompts
     from apl_train.neutral_sources import build, prompts_of, source_of
+    from apl_train.processes import this_process
 
     if args.source == "prompts" or args.source.endswith(".csv"):
         world = "miniature" if args.people == "miniature" else "public"
@@ -178,7 +180,8 @@ def _generate_reg(args: Namespace) -> tuple[dict[str, Any], str]:
     pairs = source_of(args.source, args.images)
     names = [p.name for p in read_cast(table_of(args.people), descriptions=False)]
     size = args.size or _native_size(args)
-    found = build(pairs, args.out, count=args.count, size=size, names=names, embedder=_embedder(args.recogniser))
+    found = this_process().once(lambda: build(pairs, args.out, count=args.count, size=size, names=names,
+                                              embedder=_embedder(args.recogniser)))
     values = {"folder": str(args.out), "faces": found.faces, "nonfaces": found.nonfaces, "left_out": found.left_out}
     return values, f"{found.text()}\nlook at them: {args.out / 'contact-sheet-1.jpg'}"
 

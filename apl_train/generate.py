@@ -176,6 +176,8 @@ class Studio:
                               "Choose another folder.", field="out")
         else:
             write_json(path, plan)
+        for half in self._folder.glob(".*.tmp"):  # of a process that was ended while it wrote
+            half.unlink(missing_ok=True)
 
     def _read_failures(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}

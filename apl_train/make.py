@@ -2,6 +2,7 @@
 
 Step checkpoint -> prefix in use. Every stage is one that has a command of its own; what they leave in the run folder
 is looked for before they start, so the same command goes on wherever it was interrupted. `make.json` keeps the plan.
+Under `accelerate launch` pictures, training and scores are divided; the first process decides, writes and talks.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from apl_train.make_settings import MakeSettings
 from apl_train.memory import estimate
 from apl_train.persons import read_evaluation_set
 from apl_train.preflight import dry_run
+from apl_train.processes import this_process
 from apl_train.scoring import attribute_reader
 from apl_train.table import score_table
 from apl_train.training import ctrl_c, load_training_set, resume, train
@@ -56,15 +58,17 @@ class Making:
     """
 
     def __init__(self, run: Path, settings: MakeSettings | None, say: Say) -> None:
-        self.run, self._say = run, say
-        stored = read_plan(run)
+        self._processes = this_process()
+        self.run, self._say = run, say if self._processes.main else lambda _text: None
+        stored = self._processes.once(lambda: read_plan(run))
         if settings is None:
             if stored is None:
                 raise ConfigError(f"{run} holds no `apl make`.", "Start one with `apl make --checkpoint MODEL`.",
                                   field="run")
             self.settings = stored
         else:
-            self.settings = plans.decided(_continued(settings, stored) if stored else settings)
+            self.settings = self._processes.once(  # free memory is a part of it, and differs
+                lambda: plans.decided(_continued(settings, stored) if stored else settings))
             if stored is not None and stored != self.settings:
                 changed = [f.name for f in dataclasses.fields(MakeSettings)
                            if getattr(stored, f.name) != getattr(self.settings, f.name)]
@@ -106,9 +110,9 @@ class Making:
 
     def plan(self, *, only: bool = False) -> dict[str, Any]:
         """Loads the model, measures one step, says what will be done and how long that takes."""
-        self._check_names()
+        self._processes.once(self._check_names)
         source = shipped.locate("base_model", self.settings.checkpoint)
-        memory = estimate(source, self.config)
+        memory = self._processes.once(lambda: estimate(source, self.config))
         self._say(memory.text())
         if memory.available is not None and memory.peak > memory.available:
             raise ConfigError(f"The preset {self.settings.preset} needs {memory.peak / 2**30:.1f} GiB on "
@@ -116,13 +120,14 @@ class Making:
                               "Choose the preset sd15-8gb, or free memory.", field="preset")
         began = time.monotonic()
         self.embedder = self._recogniser()
-        self.backend = Backend.for_settings(source, self.config)
+        shared_gpu = self._processes.own_device() if self.config.device in ("auto", "cuda") else None
+        self.backend = Backend.for_settings(source, self.config, device=shared_gpu)
         measured = dry_run(self.backend, self.config)
         table = plans.lines(self.settings, measured, self.config)
         self._say(plans.text(self.settings, table, self.run, measured))
         self.seconds["load"] = time.monotonic() - began
         found = plans.to_dict(self.settings, table) | {"memory": memory.to_dict(), "measured": measured.to_dict()}
-        if not only:
+        if not only and self._processes.main:
             write_json(self.run / PLAN, found)
             self._log = EventLog(self.run)
         return found
@@ -144,7 +149,8 @@ class Making:
     def _draw(self, folder: Path, wanted: list[Wanted], what: str) -> Outcome:
         drawing = Drawing(self.settings.draw_steps, self.settings.guidance, self.settings.seed,
                           batch=16 if self.backend.size <= 128 else 4)
-        with tqdm(total=len(wanted), desc=f"draw {what}", unit="picture", dynamic_ncols=True) as bar, ctrl_c() as asked:
+        with tqdm(total=len(wanted), desc=f"draw {what}", unit="picture", dynamic_ncols=True,
+                  disable=not self._processes.main) as bar, ctrl_c() as asked:
             def tell(done: int, total: int) -> None:
                 bar.update(done - bar.n)
                 self._tell("progress", stage="generate", what=what, done=done, total=total)
@@ -170,10 +176,11 @@ class Making:
 
     def train(self) -> AnonymizationPrompt:
         """The prefix: trained, trained on, or already there."""
-        if self.prefix_path.exists():
-            return load_prefix(self.prefix_path)
         folder, kept = self.run / "train", {"backend": self.backend, "cache": self.run / "cache"}
-        if (folder / "config.yaml").exists():
+        done, begun = self._processes.once(lambda: (self.prefix_path.exists(), (folder / "config.yaml").exists()))
+        if done:
+            return load_prefix(self.prefix_path)
+        if begun:
             return resume(folder, **kept)
         return train(folder, self.config, **kept)
 
@@ -182,13 +189,13 @@ class Making:
         commands = next_steps(self.prefix_path, self.settings.checkpoint)
         if self.embedder is None:
             test = [p.name for p in self._cast() if p.split == "test"][:4]
-            files = write_pairs([f"A close-up portrait of {name}" for name in test], str(self.prefix_path),
-                                self.settings.checkpoint, [1, 2, 3, 4], steps=20, guidance=self.settings.guidance,
-                                out=self.run / "pictures")
+            files = self._processes.once(lambda: write_pairs(
+                [f"A close-up portrait of {name}" for name in test], str(self.prefix_path), self.settings.checkpoint,
+                [1, 2, 3, 4], steps=20, guidance=self.settings.guidance, out=self.run / "pictures"))
             self._say(f"not scored: no recogniser is installed. Look at {len(files)} pictures in "
                       f"{self.run / 'pictures'} (upper row without, lower row with the prefix).")
             return None
-        if (self.run / "scores.json").exists():
+        if self._processes.once((self.run / "scores.json").exists):
             return json.loads((self.run / "scores.json").read_text(encoding="utf-8"))
         people = read_evaluation_set(self._persons())
         against = "" if self.settings.persons else ", scored against the model's own pictures of each person"
@@ -209,8 +216,9 @@ class Making:
                   for p in chosen for k in range(plans.REFERENCES)]
         self._say(self._draw(folder / "references", wanted, "references").text("references (the base model's own)"))
         kept = [p for p in chosen if len(list((folder / "references" / p.name).glob("*.png"))) >= 2]
-        write_people(folder, kept, [(n.prompt, "unnamed_face" if n.kind == "face" else "nonface")
-                                    for n in neutral_prompts("test", self._world)])
+        self._processes.once(lambda: write_people(
+            folder, kept, [(n.prompt, "unnamed_face" if n.kind == "face" else "nonface")
+                           for n in neutral_prompts("test", self._world)]))
         return folder
 
     def install(self) -> list[Path]:
@@ -250,7 +258,7 @@ class Making:
         self._stage("cache", self.cache)
         prompt = self._stage("train", self.train)
         scores = self._stage("score", lambda: self.score(prompt))
-        files = self._stage("install", self.install)
+        files = self._stage("install", lambda: self._processes.once(self.install))
         self._tell("done", files=[str(f) for f in files], content_hash=prompt.content_hash)
         result = {"prefix": str(self.prefix_path), "content_hash": prompt.content_hash,
                   "installed": [str(f) for f in files], "scores": scores,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ class Bar:
             self._bar.set_postfix({k: f"{v:.5f}" for k, v in self._means.items()}, refresh=False)
             self._bar.update(event["step"] - self._bar.n)
         elif event["event"] == "level":
-            self._bar.write(f"saved level {event['path']}")
+            self._bar.write(f"saved level {event['path']}", file=sys.stderr)  # standard output is for --json
 
     def close(self) -> None:
         self._bar.close()

@@ -8,141 +8,21 @@ screen go to APL_UI_PICTURES, to be looked at.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from page_driver import PATIENCE, Server, done_steps, fill, open_tab, picture, visit, wait_for
 
 from apl_core.prefix import load_prefix
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE_PYTHON = os.environ.get("APL_UI_PYTHON", sys.executable)
-TRAIN_PYTHON = os.environ.get("APL_TRAIN_PYTHON", sys.executable)
-CHROMIUM = os.environ.get("APL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-PATIENCE = 1500.0
-"""Seconds for what a busy machine may take; nothing here measures speed."""
 STEPS = 10
 
 pytestmark = [pytest.mark.slow, pytest.mark.world, pytest.mark.timeout(3600)]
 
 
-def gradio_version() -> str:
-    """Of the page's interpreter; "" where it has none."""
-    ask = [PAGE_PYTHON, "-c", "from importlib import metadata; print(metadata.version('gradio'))"]
-    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
-
-
-class Server:
-    """`apl ui` as a user starts it, on a free port that stays the same over restarts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        host = folder / "host" / "embeddings"
-        host.mkdir(parents=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        host = str(self.folder / "host" / "embeddings")
-        argv = [PAGE_PYTHON, "-m", "apl_train", "ui", "--runs", str(self.folder / "runs"), "--embeddings",
-                str(self.folder / "embeddings"), "--host-embeddings", host, "--port", str(self.port), "--python",
-                TRAIN_PYTHON, "--no-browser"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "GRADIO_ANALYTICS_ENABLED": "False"}
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment, start_new_session=True)
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(self.address, timeout=20) as answer:
-                assert answer.status == 200
-                return
-            time.sleep(0.5)
-        raise AssertionError("the page did not come up: " + (self.folder / "server.log").read_text())
-
-    def kill(self) -> None:
-        """As a power cut would: no goodbye."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    if not gradio_version():
-        pytest.skip(f"{PAGE_PYTHON} has no gradio: pip install '.[ui]'")
-    found = Server(tmp_path)
-    found.start()
-    yield found
-    found.kill()
-    for file in tmp_path.glob("runs/*/jobs/*/job.json"):  # a test that failed must not leave a training behind
-        if not (file.parent / "exit.json").exists():
-            (file.parent / "control").write_text("kill")
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt install chromium, or name one in APL_CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        opened = browser.new_page(viewport={"width": 1280, "height": 1000})
-        opened.set_default_timeout(PATIENCE * 1000)
-        yield opened
-        browser.close()
-
-
-def picture(page: Any, name: str) -> None:
-    if folder := os.environ.get("APL_UI_PICTURES"):
-        page.wait_for_timeout(1500)
-        page.screenshot(path=str(Path(folder) / f"gradio{gradio_version().split('.')[0]}-{name}.png"), full_page=True)
-
-
-def text(page: Any, name: str) -> str:
-    return page.locator(f"#apl-{name}").inner_text()
-
-
-def wait_for(page: Any, name: str, words: str) -> None:
-    page.wait_for_function("([id, words]) => document.getElementById(id)?.innerText.includes(words)",
-                           arg=[f"apl-{name}", words])
-
-
-def fill(page: Any, name: str, value: str) -> None:
-    box = page.locator(f"#apl-{name}").locator("input, textarea").first
-    box.fill(value)
-    box.press("Tab")
-
-
-def open_tab(page: Any, name: str) -> None:
-    """By its words: gradio 3 gives tabs no role."""
-    page.locator("#apl-root").get_by_role("tab", name=name, exact=True).or_(
-        page.locator("#apl-root .tab-nav button", has_text=name)).first.click()
-
-
-def done_steps(page: Any) -> int:
-    """"7 / 10" of the tile, 0 before there is one."""
-    tiles = page.locator("#apl-status .apl-tile b").all_inner_texts()
-    return int(tiles[0].split("/")[0].replace(",", "")) if tiles and "/" in tiles[0] else 0
-
-
 def test_from_nothing_to_a_prefix_in_use(server: Server, page: Any) -> None:
-    page.goto(server.address)
+    visit(page, server.address)
     wait_for(page, "strip", "Nothing is running")
     page.locator("#apl-look").click()
     page.locator("#apl-sheet figure img").nth(20).wait_for()
@@ -169,7 +49,7 @@ def test_from_nothing_to_a_prefix_in_use(server: Server, page: Any) -> None:
     run = server.folder / "runs" / "first-01"
     assert not (run / "jobs" / "0001-train" / "exit.json").exists(), "the run was over before the server was ended"
     server.start()
-    page.goto(server.address)
+    visit(page, server.address)
     open_tab(page, "Runs")
     wait_for(page, "status", "first-01")
     wait_for(page, "status", "done")
@@ -200,7 +80,7 @@ def test_from_nothing_to_a_prefix_in_use(server: Server, page: Any) -> None:
 
 def test_everything_with_one_button(server: Server, page: Any) -> None:
     """No picture is there yet: the checkpoint draws them, and at the end the prefix is scored and installed."""
-    page.goto(server.address)
+    visit(page, server.address)
     wait_for(page, "strip", "Nothing is running")
     page.get_by_label("Let the checkpoint draw them").check()
     page.locator("#apl-limit input").wait_for()
