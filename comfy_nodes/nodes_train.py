@@ -26,7 +26,7 @@ from .training_pictures import grid, levels, mean_score
 from .training_process import Plan, follow
 
 MINIATURE, NONE = "miniature", "none"
-PRESETS = ("fast", "miniature", "paper", "sd15-8gb", "sd15-fast", "sd15-paper")
+PRESETS = ("fast", "miniature", "miniature-sdxl", "null", "paper", "sd15-8gb", "sd15-fast", "sd15-paper", "sdxl-paper")
 REMOTE = "APL_ALLOW_REMOTE_TRAIN"
 TABLE = "metadata.csv"
 
