@@ -1,7 +1,7 @@
 """What the node pack costs in ComfyUI: `python benchmarks/comfyui_cost.py`, where tests/comfy finds a ComfyUI.
 
 Import of the pack into a running host; an encode with the prefix beside one without, at equal chunks, by a text encoder
-of CLIP-L's real size. Sampling costs the same by construction: both conditionings have one shape, which is checked.
+of CLIP-L's real size; sampling by the host's KSampler with one conditioning beside the other, by the miniature.
 Ratios within one run, in turn; recorded as claims.
 """
 
@@ -98,6 +98,41 @@ def in_the_host() -> None:
                                             "encode": encode_ratio()}) + "\n")
 
 
+def sampling_ratio(host: Path) -> float:
+    """Sampling with the prefix in the conditioning over sampling without: six steps of the host's own sampler."""
+    import tempfile
+
+    import draw_in_host
+
+    with tempfile.TemporaryDirectory(prefix="apl-comfy-") as scratch:
+        base = Path(scratch)
+        for name in ("models/checkpoints", "models/anonymization_prompts", "custom_nodes", "input", "output", "temp"):
+            (base / name).mkdir(parents=True)
+        model_file = ROOT / "apl_train/miniworld/assets/model/miniature-sd1.safetensors"
+        (base / "models/checkpoints/mini.safetensors").symlink_to(model_file)
+        nodes, _kept = draw_in_host.start(host, ROOT, base)
+        import nodes as host_nodes
+        import torch
+
+        logging.disable(logging.WARNING)
+        with torch.inference_mode():
+            model, clip, _ = nodes["CheckpointLoaderSimple"]().load_checkpoint("mini.safetensors")
+            prefix = nodes["APL_LoadAnonymizationPrompt"].execute("anonymize-miniature", 0).args[0]
+            on = nodes["APL_Anonymize"].execute(clip, prefix, True, "chunk").args[0]
+            encode = nodes["CLIPTextEncode"]().encode
+            (negative,), (without,), (with_prefix,) = (encode(each, text) for each, text in (
+                (clip, ""), (clip, "a photo of a dog"), (on, "a photo of a dog")))
+            assert without[0][0].shape == with_prefix[0][0].shape, "the UNet would work more"
+            assert not torch.equal(without[0][0], with_prefix[0][0])
+            latent = {"samples": torch.zeros(1, 4, 16, 16)}
+
+            def sample(positive: Any) -> None:
+                host_nodes.common_ksampler(model, 1, 6, 3.0, "ddim", "ddim_uniform", positive, negative, latent)
+
+            sample(without)
+            return ratio(lambda: sample(with_prefix), lambda: sample(without), ROUNDS)
+
+
 def main() -> int:
     from comfy_host import host_folder, host_python
 
@@ -107,13 +142,16 @@ def main() -> int:
     if host is None:
         sys.stderr.write("There is no ComfyUI: set COMFYUI_DIR (tests/comfy/README.md).\n")
         return 1
-    done = subprocess.run([host_python(host), __file__, str(host), str(ROOT), "--in-host"], cwd=host, check=False,
-                          stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        return done.returncode
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = {}
+    for part in ("--in-host", "--sampling"):
+        done = subprocess.run([host_python(host), __file__, str(host), str(ROOT), part], cwd=host, check=False,
+                              stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return done.returncode
+        found |= json.loads(done.stdout.strip().splitlines()[-1])
     sys.stdout.write(json.dumps(found) + "\n")
     claims.record({"comfy-import": (found["import_ms"], None, 5), "comfy-encode": (found["encode"], None, ROUNDS),
+                   "comfy-sampling": (found["sampling"], None, ROUNDS),
                    "comfy-foreign": (float(len(found["foreign"])), None, 1)})
     return 0
 
@@ -121,5 +159,7 @@ def main() -> int:
 if __name__ == "__main__":
     if "--in-host" in sys.argv:
         in_the_host()
+    elif "--sampling" in sys.argv:
+        sys.stdout.write("\n" + json.dumps({"sampling": sampling_ratio(Path(sys.argv[1]))}) + "\n")
     else:
         sys.exit(main())

@@ -7,6 +7,7 @@ Inject high, verify low, seal conditioning, police the graph, and do not serve w
     guard       which prefix belongs into which text encoder
     encoding    tokenizer, process_tokens, the transformer's door
     seal        conditioning that was encoded here, and what became of it
+    derived     conditioning that a pack worked out from what was encoded here
     negative    the negative prompt, which only sometimes needs the prefix
     graph       nodes that are not served
     selftest, status

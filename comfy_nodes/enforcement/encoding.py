@@ -13,6 +13,7 @@ import torch
 
 from ...apl_core.errors import PlacementError
 from ..clip_patch import Layout, carry, user_part
+from .derived import Workings
 from .guard import Encoder, Guard, width_of
 
 _EMBEDDING = re.compile(r"embedding:\s*([^\s,:()\[\]<>]+)")
@@ -125,33 +126,38 @@ def _refuse_copies(guard: Guard, rest: Sequence[Any], layout: Layout) -> None:
                                "Leave it out: this server puts it into every prompt by itself.", "tokens")
 
 
-def hooked_forward(guard: Guard) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def hooked_forward(guard: Guard, workings: Workings) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For `CLIPTextModel_.forward`: nothing enters the transformer that does not carry the prefix exactly."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(self: Any, input_tokens: Any = None, attention_mask: Any = None, embeds: Any = None,
                     *args: Any, **kwargs: Any) -> Any:
-            verify(guard, self, attention_mask, embeds)
-            return original(self, input_tokens, attention_mask, embeds, *args, **kwargs)
+            agreed = verify(guard, self, attention_mask, embeds)
+            outputs = original(self, input_tokens, attention_mask, embeds, *args, **kwargs)
+            workings.record(self, outputs, agreed)
+            return outputs
 
         return forward
 
     return make
 
 
-def verify(guard: Guard, model: Any, attention_mask: Any, embeds: Any) -> None:
-    """Raises `PolicyError` unless every row of `embeds` [rows, positions, width] may be read by this text encoder."""
+def verify(guard: Guard, model: Any, attention_mask: Any, embeds: Any) -> frozenset[int]:
+    """Raises `PolicyError` unless every row of `embeds` [rows, positions, width] may be read by this text encoder.
+
+    Returns the rows that may go without the prefix since the persons they name agreed.
+    """
     width = int(model.embeddings.position_embedding.weight.shape[-1])
     if guard.is_plain:
         guard.count("plain_negative_rows", len(embeds))
-        return
+        return frozenset()
     allowed = guard.matrices(model, width, embeds.device if torch.is_tensor(embeds) else torch.device("cpu"))
     tag = getattr(model, "apl_encoder", None)
     if (not allowed or (isinstance(tag, Encoder) and tag.problem)) and guard.unprotected(
         tag or Encoder("", "", width, "A text encoder without an anonymization prompt was called.")
     ):
         guard.count("unprotected_rows", len(embeds) if torch.is_tensor(embeds) else 1)
-        return
+        return frozenset()
     if torch.is_tensor(embeds) and embeds.ndim == 3 and embeds.shape[-1] == width:
         excused = guard.excused(model, embeds)
         for matrix in allowed:
@@ -162,7 +168,7 @@ def verify(guard: Guard, model: Any, attention_mask: Any, embeds: Any) -> None:
             if attention_mask is not None and not bool((attention_mask.reshape(len(embeds), -1)[:, : 1 + m] > 0).all()):
                 continue
             guard.count("verified_rows", len(embeds) - len(excused))
-            return
+            return excused
     raise guard.refuse("Text reached the text encoder without the anonymization prompt of this server.",
                        "Encode the text with CLIP Text Encode.", "embeds")
 

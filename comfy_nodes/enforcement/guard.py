@@ -59,6 +59,7 @@ class Guard:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._agreed: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self.projections: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._excused: weakref.WeakKeyDictionary[Any, tuple[Any, frozenset[int]]] = weakref.WeakKeyDictionary()
         for family, prefix in self.prefixes.items():
             if prefix.meta.placement != "prefix":
@@ -103,10 +104,13 @@ class Guard:
         worst = next((tag.problem for tag in tags.values() if tag.problem), "" if tags else problem)
         for name, tag in tags.items():
             tag = Encoder(tag.family, tag.key, tag.width, worst)
-            for part in (getattr(tokenizer, name, None), found[name],
-                         getattr(getattr(found[name], "transformer", None), "text_model", None)):
+            transformer = getattr(found[name], "transformer", None)
+            text_model = getattr(transformer, "text_model", None)
+            for part in (getattr(tokenizer, name, None), found[name], text_model):
                 if part is not None:
                     setattr(part, TAG, tag)
+            if text_model is not None and (projection := getattr(transformer, "text_projection", None)) is not None:
+                self.projections[text_model] = weakref.ref(projection)
         setattr(model, TAG, Encoder(family, "", 0, worst))
 
     def _family(self, model: Any) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...apl_core.errors import PolicyError
 from ..clip_patch import layouts_of
+from .derived import Workings
 from .guard import TAG, Encoder, Guard
 
 KEY = "apl_sealed"
@@ -71,7 +72,7 @@ class Sealer:
     """Seals what the host encodes and checks the seals of what it samples with."""
 
     def __init__(self, guard: Guard) -> None:
-        self.guard = guard
+        self.guard, self.workings = guard, Workings(guard)
         self._encoded = WeakTensorKeyDictionary()
 
     def knows(self, cond: Any) -> bool:
@@ -126,10 +127,13 @@ class Sealer:
 
         def merge_result_data(results: Any, obj: Any) -> Any:
             output = original(results, obj)
-            if self.guard.policy.strict:
-                for slot in output:
-                    for value in slot:
-                        self._check(value, type(obj).__name__ if not isinstance(obj, type) else obj.__name__)
+            try:
+                if self.guard.policy.strict:
+                    for slot in output:
+                        for value in slot:
+                            self._check(value, type(obj).__name__ if not isinstance(obj, type) else obj.__name__)
+            finally:
+                self.workings.forget()
             return output
 
         return merge_result_data
@@ -151,7 +155,8 @@ class Sealer:
         for cond, extra in value:
             if type(extra.get(KEY)) is Seal:
                 continue
-            if self.knows(cond):  # packs that put together their own list from a tensor that was encoded here
+            # Packs put together their own list from a tensor that was encoded here, or from sums of several.
+            if self.knows(cond) or self.workings.explain(cond, extra):
                 extra[KEY] = Seal()
                 continue
             self.guard.count("unsealed_refused")

@@ -82,7 +82,7 @@ def place_all(hooks: Hooks, guard: Guard, sealer: Sealer) -> None:
     hooks.place(comfy.sd1_clip, "SDClipModel.process_tokens", ("self", "tokens", "device"),
                 hooked_process_tokens(guard))
     hooks.place(comfy.clip_model, "CLIPTextModel_.forward", ("self", "input_tokens", "attention_mask", "embeds"),
-                hooked_forward(guard))
+                hooked_forward(guard, sealer.workings))
     hooks.place(comfy.sd, "CLIP.__init__", ("self", "target"), hooked_clip_init(guard))
     hooks.place(comfy.sd, "CLIP.encode_from_tokens", ("self", "tokens"), sealer.hooked_encode)
     hooks.place(comfy.sd, "CLIP.encode_from_tokens_scheduled", ("self", "tokens", "unprojected"),

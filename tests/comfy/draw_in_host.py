@@ -2,11 +2,14 @@
 
 The job names a checkpoint, a prefix, rows of (prompt, seed, whether the prefix is on) and noisy latents. OUT is a
 safetensors file: `images` uint8 [N, H, W, 3], and `noise` float32 [M, 4, h, w], the UNet's predictions for the latents.
+With a `policy`, it is enforced afterwards, and `enforced` holds the pictures of the rows that are on once more, drawn
+by a plain workflow that knows nothing of prefixes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import shutil
@@ -76,7 +79,20 @@ def main() -> None:
                 model, clip, _ = nodes["CheckpointLoaderSimple"]().load_checkpoint("mini.safetensors")
                 x_t = load_file(wanted["latents"])["x_t"]
                 tensors["noise"] = predict(model, clip, x_t, wanted["timesteps"], wanted["prompts"])
+            if "policy" in wanted:
+                enforce(root, Path(wanted["policy"]))
+                plain = [(prompt, seed, False) for prompt, seed, on in wanted["rows"] if on]
+                tensors["enforced"] = draw(nodes, wanted | {"rows": plain})["images"]
         save_file({key: value.contiguous() for key, value in tensors.items()}, out)
+
+
+def enforce(root: Path, policy: Path) -> None:
+    """Place every hook of the enforced mode in this process, and test it as a starting server would."""
+    def module(name: str) -> Any:
+        return importlib.import_module(f"{str(root).replace('.', '_x_')}.{name}")
+
+    status = module("comfy_nodes.enforcement.start").enforce(module("apl_core.policy").load_policy(policy))
+    module("comfy_nodes.enforcement.selftest").run_self_test(status.guard)
 
 
 def draw(nodes: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +101,8 @@ def draw(nodes: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 
     model, clip, vae = nodes["CheckpointLoaderSimple"]().load_checkpoint("mini.safetensors")
     prefix = nodes["APL_LoadAnonymizationPrompt"].execute("given", 0).args[0]
-    on = nodes["APL_Anonymize"].execute(clip, prefix, True, "chunk").args[0]
+    any_on = any(is_on for _, _, is_on in wanted["rows"])
+    on = nodes["APL_Anonymize"].execute(clip, prefix, True, "chunk").args[0] if any_on else None
     encode, sample = nodes["CLIPTextEncode"]().encode, nodes["KSampler"]().sample
     (negative,) = encode(clip, "")
     images = []

@@ -25,7 +25,7 @@ from comfy_host import ROOT, host_folder, host_python
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
 
-WIDTH_L, WIDTH_G, M = 32, 48, 10
+WIDTH_L, WIDTH_G, M = 64, 80, 10
 # The last: one of the packs leaves its nodes out where it sees this name.
 _NOT_THE_HOSTS = ("PYTHONPATH", "PYTHONHOME", "APL_POLICY", "PYTEST_CURRENT_TEST")
 HERE = Path(__file__).parent
@@ -62,10 +62,10 @@ def make_base(folder: Path, packs: Sequence[Path] = ()) -> Path:
 
 
 class Server:
-    """One running ComfyUI. `log` is the file of everything it says."""
+    """One running ComfyUI. `log` is the file of everything it says; `path` a folder of further Python packages."""
 
     def __init__(self, folder: Path, base: Path, policy: str | None, extra: Sequence[str] = (),
-                 stand_ins: Sequence[str] = ()) -> None:
+                 stand_ins: Sequence[str] = (), api_nodes: bool = False, path: Path | None = None) -> None:
         host = host_folder()
         if host is None:
             raise FileNotFoundError("no ComfyUI")
@@ -79,13 +79,15 @@ class Server:
                 "PIP_NO_INDEX": "1"}  # one of the packs would install libraries as it is imported
         if policy is not None:
             env["APL_POLICY"] = policy
+        if path is not None:
+            env["PYTHONPATH"] = str(path)
         frontend = folder / "frontend"
         frontend.mkdir(exist_ok=True)
         (frontend / "index.html").write_text("<html></html>", encoding="utf-8")
         argv = [host_python(host), str(HERE / "run_host.py"), str(host),
                 *(word for name in stand_ins for word in ("--stand-in", name)), "--cpu", "--listen", "127.0.0.1",
                 "--port", str(self.port), "--use-pytorch-cross-attention", "--disable-auto-launch",
-                "--dont-print-server", "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
+                "--dont-print-server", *([] if api_nodes else ["--disable-api-nodes"]), "--database-url", "sqlite:///:memory:",
                 "--base-directory", str(base), "--front-end-root", str(frontend), *extra]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(argv, cwd=host, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -178,9 +180,9 @@ class Server:
 
 @contextlib.contextmanager
 def serving(folder: Path, base: Path, policy: str | None, extra: Sequence[str] = (),
-            stand_ins: Sequence[str] = ()) -> Iterator[Server]:
+            stand_ins: Sequence[str] = (), api_nodes: bool = False) -> Iterator[Server]:
     """A server that answers; stopped at the end."""
-    server = Server(folder, base, policy, extra, stand_ins)
+    server = Server(folder, base, policy, extra, stand_ins, api_nodes)
     try:
         server.wait()
         yield server

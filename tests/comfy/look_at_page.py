@@ -1,7 +1,8 @@
-"""The pack in ComfyUI's page, by a browser: `look_at_page.py ADDRESS FOLDER`; pictures of what was seen go to FOLDER.
+"""The pack in ComfyUI's page, by a browser: `look_at_page.py ADDRESS FOLDER EXAMPLES`; pictures go to FOLDER.
 
-Needs playwright and a chromium (`CHROMIUM` or /usr/bin/chromium). Every example is opened from the template browser and
-queued; every node's help page and picture is opened, and a picture of the node is taken. The last line is JSON.
+Needs playwright and a chromium (`CHROMIUM` or /usr/bin/chromium). EXAMPLES is JSON: a workflow's name to values that
+are set in its widgets, as one would type them. Each is opened from the template browser and queued; every node's help
+page and picture is opened, and a picture of the node is taken. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from playwright.sync_api import Page, sync_playwright
 
 ADDRESS, FOLDER = sys.argv[1], Path(sys.argv[2])
-ONLY = set(sys.argv[3:])
+EXAMPLES: dict[str, dict[str, Any]] = json.loads(sys.argv[3])
 PACK = "anonymization-prompt"
 NODES_OF_GRAPH = """() => window.app.graph.nodes.map(n => ({type: n.type, missing: !!n.has_errors,
     images: (n.imgs || []).length, text: (n.widgets || []).filter(w => /preview/i.test(w.name)).map(w => w.value)}))"""
@@ -26,6 +27,10 @@ TOOLTIPS = """() => { const n = window.app.graph.nodes[0];
         (window.LiteGraph.registered_node_types[n.type].nodeData.inputs[p.name] || {}).tooltip ||
         window.LiteGraph.registered_node_types[n.type].nodeData.outputs.some(o => o.name === p.name && o.tooltip)))
         .map(p => p.name); }"""
+SET_WIDGETS = """values => { let found = 0;
+    for (const n of window.app.graph.nodes) for (const w of n.widgets || [])
+        if (w.name in values) { w.value = values[w.name]; w.callback?.(w.value); found++; }
+    window.app.canvas.setDirty(true, true); return found; }"""
 FRAME_NODE = """id => { const n = window.app.graph.getNodeById(id), c = window.app.canvas;
     c.ds.scale = 1; c.ds.offset = [160 + 60 - n.pos[0], 120 - n.pos[1]]; c.setDirty(true, true);
     return [n.pos[0], n.pos[1], n.size[0], n.size[1]]; }"""
@@ -110,8 +115,10 @@ def main() -> None:
         ready(page)
         page.screenshot(path=FOLDER / "start.png")
         found: dict[str, Any] = {"workflows": {}}
-        for name in sorted(ONLY):
+        for name, values in sorted(EXAMPLES.items()):
             open_template(page, name)
+            if page.evaluate(SET_WIDGETS, values) < len(values):
+                raise RuntimeError(f"{name} has not all widgets of {values}")
             fit(page)
             page.screenshot(path=FOLDER / f"{name}-loaded.png")
             state = run(page, 900)

@@ -1,6 +1,6 @@
 """A ComfyUI with this pack and the miniature under the names that the example workflows use; and its websocket.
 
-The shipped miniature stands for Stable Diffusion 1.5, its other form for SDXL, its recogniser for auraface, and a
+The shipped miniature stands for Stable Diffusion 1.5, the miniature SDXL for SDXL, its recogniser for auraface, and a
 reference picture of one of its persons for ComfyUI's example.png. So the workflows run as they are.
 """
 
@@ -17,10 +17,9 @@ from typing import Any
 
 from comfy_host import ROOT
 from enforced_server import HERE, Server
-from miniature_sdxl import write_sdxl, write_sdxl_prefix
+from fakes import miniature_xl
 from PIL import Image
 
-from apl_core.library import PrefixLibrary, shipped_folder
 from apl_train import shipped
 from apl_train.persons import read_evaluation_set
 
@@ -40,9 +39,8 @@ def make_base(folder: Path) -> Path:
     checkpoints, prompts = base / "models/checkpoints", base / "models/anonymization_prompts"
     for name in (SD1, "miniature-sd1.safetensors"):
         (checkpoints / name).symlink_to(model)
-    write_sdxl(model, checkpoints / SDXL)
-    prefix = PrefixLibrary([shipped_folder()]).resolve("anonymize-miniature")
-    write_sdxl_prefix(prefix, prompts / "anonymize-sdxl.safetensors")
+    (checkpoints / SDXL).symlink_to(shipped.locate("base_model", "miniature-sdxl"))
+    miniature_xl.write_prefix(prompts / "anonymize-sdxl.safetensors")
     recogniser = shipped.locate("recogniser", "miniature")
     for part in recogniser.parent.iterdir():
         shutil.copy(part, base / "models/insightface/models/auraface" / part.name)

@@ -241,6 +241,18 @@ simple("own", "a text encoder that no loader made", "refused",
 simple("own", "an old pack's own list around encoded tensors", "protected",
        to_sink(lambda g, c, t: g.add("TestOldStyle", clip=c, text=t)))
 
+simple("seal", "an old pack's weighted sums of several encodes", "protected",
+       to_sink(lambda g, c, t: g.add("TestOwnSums", how="sums", clip=c, text=t)))
+for _how, _name, _expected in (
+    ("foreign", "the same with a little of another library's conditioning", "refused"),
+    ("bare", "the same with text encoded by the layers directly", "refused bare"),
+    ("pooled", "the same with another pooled text", "refused"),
+    ("object", "the same with a tensor beside it", "refused"),
+    ("noisy", "the same with a foreign chunk behind", "refused"), ("file", "another one from a file", "refused"),
+):
+    simple("own", _name, _expected, to_sink(lambda g, c, t, how=_how: g.add("TestOwnSums", how=how, clip=c, text=t)),
+           says="did not encode")
+
 # -- what a text can hold
 
 for _pattern in ("", "NAME", "(NAME:5)", "(NAME:0)", "(NAME:-1)", "((((NAME))))", "[NAME]", "(((NAME:1.5) a:2) b:0.3)",

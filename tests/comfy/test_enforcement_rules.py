@@ -9,6 +9,7 @@ import json
 import pickle
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,58 @@ def test_sealing(pack: Any) -> None:
     with pytest.raises(errors.PolicyError, match="object gave a conditioning"):
         merge([[[[cond.clone(), {}]]]], object())
     seal.Sealer(guard(pack, strict=False)).hooked_convert(lambda value: value)([[cond.clone(), {}]])
+
+
+def test_weighted_sums_are_told_from_foreign_rows(pack: Any) -> None:
+    """By numpy's least squares beside it: what a sum of this node's rows explains, and what it does not."""
+    import numpy as np
+
+    derived, guards = pack("comfy_nodes.enforcement.derived"), pack("comfy_nodes.enforcement.guard")
+    watched, width = guard(pack), 64
+    workings, g = derived.Workings(watched), torch.Generator().manual_seed(2)
+    model = torch.nn.Identity()
+    setattr(model, guards.TAG, guards.Encoder("sd1", "clip_l", width))
+    rows = torch.randn(5, 77, width, generator=g)
+    pooled = torch.randn(5, width, generator=g)
+    weights = torch.randn(3, 5, 77, 1, generator=g)
+    sums = (weights * rows).sum(1)  # three chunks of sums, every position with weights of its own
+    cond = sums.reshape(1, 3 * 77, width)
+    words = {"pooled_output": pooled[:1] * 2 - pooled[1:2], "width": 512, "x": "y"}
+    assert not workings.explain(cond, words)  # nothing was encoded yet
+    workings.record(model, (rows[:3], None, pooled[:3]), frozenset())
+    workings.record(model, (torch.zeros(2, 77, width), rows[3:], pooled[3:]), frozenset())  # an earlier layer was asked
+    assert workings.explain(cond, words)
+    assert workings.explain(cond.half(), {"pooled_output": None})
+    nothing = 0.3 * rows[:1] - 0.1 * rows[:1] - 0.2 * rows[:1]  # what is left is rounding alone
+    assert 0 < float(nothing.abs().max()) < 1e-6 and workings.explain(nothing, words)
+    projection = torch.nn.Linear(width, width, bias=False)
+    watched.projections[model] = weakref.ref(projection)
+    for weight, explains in ((1.0, True), (float("nan"), False)):  # memory that nobody filled is no reason to refuse
+        torch.nn.init.constant_(projection.weight, weight)
+        workings.record(model, (rows[:1], None, pooled[:1]), frozenset())
+        assert workings.explain(cond, words)
+        projected = projection(pooled[:1]).detach() * 3
+        assert workings.explain(cond, {"pooled_output": projected}) == explains
+    other = cond.clone()
+    other[0, 100] += 0.05 * torch.randn(width, generator=g)
+    solved, *_ = np.linalg.lstsq(rows[:, 100 - 77].T.double().numpy(), other[0, 100].double().numpy(), rcond=None)
+    rest = np.linalg.norm(rows[:, 100 - 77].T.double().numpy() @ solved - other[0, 100].double().numpy())
+    assert rest > 1e-3 * float(other[0, 100].norm())  # an independent solver says that it is none
+    swapped = cond.roll(1, 1)  # every row a sum of encodes, at another position
+    for wrong in (other, swapped, cond[:, :76], cond * float("nan"), torch.cat([cond, cond], -1)):
+        assert not workings.explain(wrong, words), wrong.shape
+    for beside in ({"pooled_output": torch.randn(1, width, generator=g)}, {"c": torch.zeros(1)}, {"c": object()},
+                   {"c": [{"d": torch.zeros(1)}]}, {"pooled_output": "text"}):
+        assert not workings.explain(cond, beside), beside
+    workings.record(model, (torch.randn(28, 77, width, generator=g), None, pooled[:1].repeat(28, 1)), frozenset())
+    assert not workings.explain(cond, words)  # more rows than half the dimensions could explain by chance
+    workings.forget()
+    assert not workings.explain(cond, words)
+    workings.record(model, (rows, None, pooled), frozenset({0}))  # a row of a person who agreed explains nothing
+    assert not workings.explain(cond, words)
+    with watched.plain():  # nor does a plain negative prompt's
+        workings.record(model, (rows[:1], None, pooled[:1]), frozenset())
+    assert not workings.explain(cond, words)
 
 
 def host_module() -> Any:

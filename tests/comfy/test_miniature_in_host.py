@@ -7,6 +7,7 @@ keeps the pictures to look at.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -43,13 +44,17 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Drawn:
-    """Both sides' pictures, uint8 [2, persons * seeds or prompts, H, W, 3], off first; and noise predictions."""
+    """Both sides' pictures, uint8 [2, persons * seeds or prompts, H, W, 3], off first; and noise predictions.
+
+    `enforced` [persons * seeds, H, W, 3]: a plain workflow's, where a policy is enforced.
+    """
 
     host: NDArray[np.uint8]
     diffusers: NDArray[np.uint8]
     neutral_host: NDArray[np.uint8]
     host_noise: torch.Tensor
     noise: torch.Tensor
+    enforced: NDArray[np.uint8]
 
 
 def _noise_rows(backend: Backend) -> tuple[torch.Tensor, list[int], list[str]]:
@@ -69,10 +74,12 @@ def _on_both(folder: Path, prompts: list[str], seeds: list[int], neutral: list[s
     rows += [(p, 1, on) for on in (False, True) for p in neutral]
     job = {"checkpoint": str(shipped.locate("base_model", "miniature")), "prefix": str(prefix), "rows": rows,
            "steps": STEPS, "guidance": GUIDANCE, "size": backend.size, "latents": str(folder / "latents.safetensors"),
-           "timesteps": steps, "prompts": texts}
+           "timesteps": steps, "prompts": texts, "policy": str(folder / "policy.json")}
+    (folder / "policy.json").write_text(json.dumps({"mode": "enforced", "embeddings": {"sd1": {
+        "file": str(prefix), "sha256": hashlib.sha256(prefix.read_bytes()).hexdigest()}}}), encoding="utf-8")
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     host = host_folder()
-    keep = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    keep = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "APL_POLICY")}
     script = Path(__file__).with_name("draw_in_host.py")
     done = subprocess.run([host_python(host), str(script), str(host), str(ROOT), str(folder / "job.json"),
                            str(folder / "out.safetensors")], cwd=host, env=keep, capture_output=True, text=True,
@@ -84,7 +91,8 @@ def _on_both(folder: Path, prompts: list[str], seeds: list[int], neutral: list[s
     here = [backend.sample(prompts, seeds, vectors=v, steps=STEPS, guidance=GUIDANCE).images for v in (None, vectors)]
     images, people = found["images"].numpy(), 2 * len(prompts)
     return Drawn(images[:people].reshape(2, len(prompts), *images.shape[1:]), np.stack(here),
-                 images[people:].reshape(2, len(neutral), *images.shape[1:]), found["noise"], noise)
+                 images[people:].reshape(2, len(neutral), *images.shape[1:]), found["noise"], noise,
+                 found["enforced"].numpy()[: len(prompts)])
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +114,8 @@ def _keep(found: Drawn, folder: Path) -> None:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [np.concatenate(list(side[:12]), axis=1)
-            for side in (found.host[0], found.diffusers[0], found.host[1], found.diffusers[1])]
+    rows = [np.concatenate(list(side[:12]), axis=1) for side in (
+        found.host[0], found.diffusers[0], found.host[1], found.diffusers[1], found.enforced)]
     Image.fromarray(np.concatenate(rows)).save(folder / "persons.png")
     Image.fromarray(np.concatenate([np.concatenate(list(side), axis=1) for side in found.neutral_host])).save(
         folder / "neutral.png")
@@ -142,6 +150,18 @@ def test_id_acc_is_that_of_the_diffusers_pipeline(drawn: Drawn, people: tuple, s
     if os.environ.get("APL_RECORD_CLAIMS"):
         claims.record({f"comfy-id-acc-{state}": (abs(here - there), None, len(people))})
     assert abs(here - there) <= 0.03, (here, there)
+
+
+def test_an_enforced_picture_is_the_trained_prefixs(drawn: Drawn) -> None:
+    """A plain workflow on an enforced server draws the backend's prefixed picture, and not the one without."""
+    def apart(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return np.abs(one.astype(float) - other).reshape(len(one), -1).mean(1)
+
+    assert np.array_equal(drawn.enforced, drawn.host[1])  # those that are wired by hand, to the last bit
+    same, bare = apart(drawn.enforced, drawn.diffusers[1]), apart(drawn.enforced, drawn.diffusers[0])
+    told = "of 255, from diffusers: with the prefix {:.2f} (at most {:.2f}), without {:.2f} (at least {:.2f})"
+    print(told.format(same.mean(), same.max(), bare.mean(), bare.min()))  # noqa: T201
+    assert (same < 2).all() and (bare > 2 * same).all() and bare.mean() > 8, (same, bare)
 
 
 def test_the_prefix_changes_persons_more_than_things(drawn: Drawn) -> None:

@@ -21,8 +21,12 @@ from comfy_host import host_folder, host_python
 PYTHON = os.environ.get("APL_PLAYWRIGHT_PYTHON") or (
     sys.executable if importlib.util.find_spec("playwright") else "")
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-# The page's own part is what is tried here; these take the small model minutes, and run in test_workflows_live.py.
-LEFT_OUT = {"train-then-use", "anonymize-sdxl"}
+# SDXL's 1024 pixels take this model minutes a picture on one core; a training of 300 steps too.
+SMALLER: dict[str, dict[str, Any]] = {
+    "anonymize-sdxl": {"width": 256, "height": 256},
+    "transfer-to-sdxl": {"width": 256, "height": 256},
+    "train-then-use": {"steps": 12, "levels_every": 6, "previews": 1},
+}
 
 
 def _frontend() -> str:
@@ -46,15 +50,19 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    os.environ.setdefault("APL_TRAIN_PYTHON", sys.executable)  # the host has no trainer
     from enforced_server import serving
     from miniature_server import make_base
 
     base = make_base(tmp_path_factory.mktemp("page"))
     folder = Path(os.environ.get("APL_PICTURES", "")) if "APL_PICTURES" in os.environ else base.parent / "pictures"
     with serving(base.parent, base, None, ["--front-end-root", _frontend()]) as server:
-        names = [path.stem for path in workflow_files.paths() if path.stem not in LEFT_OUT]
+        # APL_EXAMPLES: only these, with commas between
+        only = [name for name in os.environ.get("APL_EXAMPLES", "").split(",") if name]
+        names = [path.stem for path in workflow_files.paths() if not only or path.stem in only]
+        examples = json.dumps({name: SMALLER.get(name, {}) for name in names})
         script = Path(__file__).with_name("look_at_page.py")
-        done = subprocess.run([PYTHON, str(script), f"http://127.0.0.1:{server.port}", str(folder), *names],
+        done = subprocess.run([PYTHON, str(script), f"http://127.0.0.1:{server.port}", str(folder), examples],
                               capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

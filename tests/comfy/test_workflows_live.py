@@ -29,6 +29,7 @@ PACK = "anonymization-prompt"
 # SDXL's 1024 pixels take this model minutes a picture on one core; a training of 300 steps too.
 SMALLER: dict[str, dict[str, Any]] = {
     "anonymize-sdxl": {"width": 256, "height": 256},
+    "transfer-to-sdxl": {"width": 256, "height": 256},
     "train-then-use": {"steps": 20, "levels_every": 10, "previews": 2},
 }
 

@@ -23,6 +23,7 @@ os.environ["PIP_NO_INDEX"] = "1"  # one of the packs would install libraries as 
 PACKS = Path(sys.argv[3])
 
 import in_host  # noqa: E402
+import run_host  # noqa: E402
 import torch  # noqa: E402
 
 TEXTS = (

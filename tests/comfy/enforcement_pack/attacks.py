@@ -11,7 +11,7 @@ import folder_paths
 import torch
 from comfy_execution.graph_utils import GraphBuilder
 
-from .model import OPTIONS, clip_of
+from .model import OPTIONS, WIDTH_L, clip_of
 from .spy import prefixes
 
 START, END = 49406, 49407
@@ -84,7 +84,7 @@ def _embeds(clip, row: list) -> torch.Tensor:
 def TestRawEmbeds(how, clip, text):
     """Vectors made by hand: without the prefix, with it elsewhere, reversed, nearly right, or hidden by the mask."""
     clip.load_model()
-    words, ap = _ids(clip, text), _prefix(32)
+    words, ap = _ids(clip, text), _prefix(WIDTH_L)
     row = {"bare": _row(words), "behind": _row([*words, *ap]), "reversed": _row([*ap.flip(0), *words]),
            "nearly": _row([*(ap * 1.0001), *words]), "masked": _row([*ap, *words]), "short": _row(words)[:8]}[how]
     mask = None
@@ -108,7 +108,7 @@ def TestLayersDirectly(clip, text):
 @node(how=(["short", "full", "no start", "name first", "prefix last", "double end", "ints of tensors"],), **CLIP_TEXT)
 def TestTokens(how, clip, text):
     """Tokens made by hand, through the CLIP's ordinary encode."""
-    words, ap = _ids(clip, text), list(_prefix(32))
+    words, ap = _ids(clip, text), list(_prefix(WIDTH_L))
     row = {"short": _row(words), "full": _row((words * 75)[:75]), "no start": [END, *_row(words)[1:]],
            "name first": [words[0], *ap, *words[1:], END] + [END] * (77 - len(words) - len(ap) - 1),
            "prefix last": _row([*words, *ap]), "double end": [START, END, *words, END] + [END] * (77 - len(words) - 3),
@@ -119,8 +119,8 @@ def TestTokens(how, clip, text):
 @node(seed=("INT", {"default": 0}))
 def TestForeign(seed):
     generator = torch.Generator().manual_seed(seed)
-    pooled = torch.randn(1, 32, generator=generator)
-    return ([[torch.randn(1, 77, 32, generator=generator), {"pooled_output": pooled}]],)
+    pooled = torch.randn(1, WIDTH_L, generator=generator)
+    return ([[torch.randn(1, 77, WIDTH_L, generator=generator), {"pooled_output": pooled}]],)
 
 
 @node(conditioning="CONDITIONING")
@@ -146,6 +146,35 @@ def TestOldStyle(clip, text):
     """How packs encoded before schedules: their own list around the encoder's tensors."""
     cond, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
     return ([[cond, {"pooled_output": pooled}]],)
+
+
+@node(how=(["sums", "foreign", "bare", "pooled", "object", "noisy", "file"],), **CLIP_TEXT)
+def TestOwnSums(how, clip, text):
+    """How packs with weights of their own encode: several times, and a weighted sum of the results.
+
+    All but the first put something else into the sum or beside it.
+    """
+    rows = [clip.encode_from_tokens(clip.tokenize(each), return_pooled=True) for each in (text, f"{text} b", "")]
+    weights = torch.linspace(-0.5, 2, 77).reshape(1, -1, 1)
+    cond = rows[0][0] * weights + 0.7 * rows[1][0][:, :77] - 0.2 * rows[2][0]
+    pooled, extra = 1.2 * rows[0][1] - 0.2 * rows[2][1], {}
+    generator = torch.Generator().manual_seed(11)
+    if how == "foreign":
+        cond = cond + 0.2 * torch.randn(cond.shape, generator=generator)
+    elif how == "bare":
+        cond = cond + 0.5 * TestLayersDirectly(clip, text)[0][0][0]
+    elif how == "pooled":
+        pooled = torch.randn(pooled.shape, generator=generator)
+    elif how == "object":
+        extra = {"hooks_of_mine": [torch.zeros(1)]}
+    elif how == "noisy":
+        cond = torch.cat([cond, torch.randn(cond.shape, generator=generator)], 1)
+    elif how == "file":  # another node's results, which this one knows only from their bytes
+        path = os.path.join(folder_paths.get_output_directory(), "sums.bin")  # noqa: PTH118
+        if not os.path.exists(path):  # noqa: PTH110
+            torch.save(torch.randn(cond.shape, generator=generator), path)
+        cond = torch.load(path)
+    return ([[cond, {"pooled_output": pooled, **extra}]],)
 
 
 @node(**CLIP_TEXT)
@@ -182,7 +211,7 @@ def TestOwnEncoder(text):
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     tokenizer = comfy.sd1_clip.SDTokenizer()
-    tokenizer.embedding_size = 32
+    tokenizer.embedding_size = WIDTH_L
     cond, pooled = model.encode_token_weights(tokenizer.tokenize_with_weights(text))
     return ([[cond, {"pooled_output": pooled}]],)
 

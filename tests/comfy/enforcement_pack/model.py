@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 in small: 32 wide text encoder of three layers, UNet of 32 channels, random weights, no VAE."""
+"""Stable Diffusion 1 in small: 64 wide text encoder of three layers, UNet of 32 channels, random weights, no VAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from comfy import sd1_clip, supported_models_base
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-WIDTH_L, WIDTH_G = 32, 48
+WIDTH_L, WIDTH_G = 64, 80
 SMALL = {"num_hidden_layers": 3, "num_attention_heads": 4}
 OPTIONS = {"clip_l_model_config": SMALL | {"hidden_size": WIDTH_L, "intermediate_size": 64},
            "clip_g_model_config": SMALL | {"hidden_size": WIDTH_G, "intermediate_size": 96}}

@@ -1,4 +1,4 @@
-"""The miniature as the host's model classes: Stable Diffusion 1, and the same weights in the form of SDXL."""
+"""The miniatures as the host's model classes: Stable Diffusion 1, and SDXL with its two text encoders."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def text_sizes(state_dict: dict, start: str) -> dict:
     return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": len(layers),
             "num_attention_heads": HEADS, "hidden_act": "quick_gelu", "projection_dim": width,
             "max_position_embeddings": 77, "eos_token_id": 49407, "bos_token_id": 49406}
+
+
+def open_clip_sizes(state_dict: dict, start: str) -> dict:
+    """The same of a text model under open_clip's names, as SDXL's second one is."""
+    blocks = f"{start}transformer.resblocks."
+    inner, width = state_dict[f"{blocks}0.mlp.c_fc.weight"].shape
+    return {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": HEADS, "hidden_act": "gelu",
+            "num_hidden_layers": len({key[len(blocks):].split(".")[0] for key in state_dict if key.startswith(blocks)}),
+            "projection_dim": state_dict[f"{start}text_projection"].shape[1], "max_position_embeddings": 77,
+            "eos_token_id": 49407, "bos_token_id": 49406}
 
 
 class Tokenizer1(sd1_clip.SD1Tokenizer):
@@ -44,13 +54,9 @@ def text_model_1(sizes: dict) -> type:
 
 def text_model_xl(sizes_l: dict, sizes_g: dict) -> type:
     class ClipXL(sdxl_clip.SDXLClipModel):
-        """SDXL's pair; the first one's last layer is read, as the miniature's UNet learned it."""
-
         def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
             options = (model_options or {}) | {"clip_l_model_config": sizes_l, "clip_g_model_config": sizes_g}
             super().__init__(device=device, dtype=dtype, model_options=options)
-            self.clip_l = sd1_clip.SDClipModel(device=device, dtype=dtype, return_projected_pooled=False,
-                                               model_options=options)
 
     return ClipXL
 
@@ -72,13 +78,10 @@ class MiniatureXL(comfy.supported_models.SDXL):
     unet_extra_config = {"num_heads": HEADS, "num_head_channels": -1}  # noqa: RUF012
     latent_format = latent_formats.SD15
 
-    def process_clip_state_dict(self, state_dict):
-        return {key.replace("conditioner.embedders.0.", "clip_l.").replace("conditioner.embedders.1.", "clip_g."): value
-                for key, value in state_dict.items() if key.startswith("conditioner.embedders.")}
-
     def clip_target(self, state_dict=None):
-        both = (text_sizes(state_dict, f"conditioner.embedders.{n}.transformer.text_model.") for n in (0, 1))
-        return supported_models_base.ClipTarget(TokenizerXL, text_model_xl(*both))
+        first = text_sizes(state_dict, "conditioner.embedders.0.transformer.text_model.")
+        second = open_clip_sizes(state_dict, "conditioner.embedders.1.model.")
+        return supported_models_base.ClipTarget(TokenizerXL, text_model_xl(first, second))
 
 
 class AnyWidthVAE(comfy.sd.VAE):
