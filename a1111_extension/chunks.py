@@ -153,5 +153,6 @@ def clipped(embedding: Any, room: int) -> Any:
     vec = embedding.vec
     cut = {key: value[:room] for key, value in vec.items()} if isinstance(vec, dict) else vec[:room]
     short = Piece(cut if isinstance(cut, dict) else {"": cut}, embedding.name)
-    short.vec, short.shorthash = cut, embedding.shorthash  # type: ignore[misc]
+    # Forge's have no such thing.
+    short.vec, short.shorthash = cut, getattr(embedding, "shorthash", None)  # type: ignore[misc]
     return short

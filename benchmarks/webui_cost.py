@@ -109,6 +109,24 @@ def encode_cost() -> float:
         return ratio(on, off, ROUNDS)
 
 
+def startup_ratio(rounds: int = 3) -> float:
+    """CPU time of the server until it answers, with the extension over without: the median of the rounds' ratios."""
+    import os
+
+    from webui_host import running
+
+    found = []
+    for index in range(rounds + 1):
+        spent = {}
+        for extension in (True, False) if index % 2 else (False, True):
+            with running("--skip-load-model-at-start", probe=False, extension=extension, ui=True) as server:
+                words = Path(f"/proc/{server.process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
+                spent[extension] = sum(map(int, words[11:15])) / os.sysconf("SC_CLK_TCK")  # its children's too
+        if index:  # the first round fills the caches of the disk and of compiled modules
+            found.append(spent[True] / spent[False])
+    return sorted(found)[len(found) // 2]
+
+
 def main() -> int:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "a1111")]
     from webui_host import host_folder, host_python
@@ -126,8 +144,10 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         found |= json.loads(done.stdout.strip().splitlines()[-1])
+    found["startup"] = startup_ratio()
     sys.stdout.write(json.dumps(found) + "\n")
     claims.record({"webui-import": (found["import_ms"], None, 5), "webui-encode": (found["encode"], None, ROUNDS),
+                   "webui-startup": (found["startup"], None, 3),
                    "webui-foreign": (float(len(found["foreign"])), None, 1)})
     return 0
 

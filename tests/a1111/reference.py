@@ -5,8 +5,8 @@ Nothing of the extension, of `apl_core` or of the host is used here, but the che
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,21 +20,25 @@ COMMA = ",</w>"
 
 @dataclass(frozen=True)
 class Rows:
-    """Vectors that stand for a word: a textual inversion of n rows."""
+    """A textual inversion's name: its vectors stand for the word."""
 
-    vectors: torch.Tensor
+    name: str
 
 
 @dataclass
 class Reference:
-    """CLIP with some rows more in its vocabulary, which is how any vector gets into it through token ids alone."""
+    """CLIP with some rows more in its vocabulary, which is how any vector gets into it through token ids alone.
+
+    `inversions` are the vectors, [n, width] each, that words of the prompts stand for.
+    """
 
     model: CLIPTextModel
     tokenizer: CLIPTokenizer
     prefix: torch.Tensor
+    inversions: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, prefix: torch.Tensor) -> Reference:
+    def of(cls, folder: Path, prefix: torch.Tensor, inversions: Mapping[str, torch.Tensor] | None = None) -> Reference:
         config = yaml.safe_load((folder / "miniature-sd1.yaml").read_text("utf-8"))
         text = config["model"]["params"]["cond_stage_config"]["text_config"]
         model = CLIPTextModel(CLIPTextConfig(**text)).eval()
@@ -49,7 +53,7 @@ class Reference:
                 weights[name if name in own else name.removeprefix("text_model.")] = value.float()
         assert set(weights) == own, own ^ set(weights)
         model.load_state_dict(weights)
-        return cls(model, CLIPTokenizer.from_pretrained(folder / "tokenizer"), prefix.float())
+        return cls(model, CLIPTokenizer.from_pretrained(folder / "tokenizer"), prefix.float(), inversions or {})
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -73,7 +77,7 @@ class Reference:
                 continue
             what, weight = part
             if isinstance(what, Rows):
-                vectors = what.vectors[:room]
+                vectors = self.inversions[what.name][:room]
                 if len(line) + len(vectors) > room:
                     close()
                 line += [(row, weight) for row in vectors]

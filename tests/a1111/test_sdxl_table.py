@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from prompt_cases import MODEL, Case, Pass, text, words
 from reference import BOS, EOS, Reference
 from safetensors.torch import save_file
-from test_proof_table import MODEL, Case, Pass, text, words
 from webui_host import Server, host_folder, running
 
 from apl_core.metadata import PrefixMetadata

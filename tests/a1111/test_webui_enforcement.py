@@ -7,19 +7,21 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from prompt_cases import BOUND, MODEL, PREFIX, Case, Pass, difference, inversions, passes_of, surroundings, text, words
 from reference import Reference, Rows
-from safetensors.torch import load_file, save_file
-from test_proof_table import BOUND, MODEL, PREFIX, TI, Case, Pass, difference, text, words
+from safetensors.torch import load_file
 from webui_host import Server, host_folder, running
 
 pytestmark = [
@@ -93,8 +95,8 @@ ATTEMPTS: dict[str, Case] = {
     "negative emphasis": case([Pass([[[("a ", 1.0), ("man", -1.0)]]])], prompt="a (man:-1)"),
     "the name from a style": case([Pass([[text("a man, in oil on canvas")]], [text("blurry")])], prompt="a man",
                                   styles=["aplstyle"]),
-    "a textual inversion": case([Pass([[text("a", Rows(TI["aplthree"]), "man")]])], prompt="a aplthree man"),
-    "an inversion of a whole chunk": case([Pass([[text("a", Rows(TI["aplseventy"]), "man")]])],
+    "a textual inversion": case([Pass([[text("a", Rows("aplthree"), "man")]])], prompt="a aplthree man"),
+    "an inversion of a whole chunk": case([Pass([[text("a", Rows("aplseventy"), "man")]])],
                                           prompt="a aplseventy man"),
     "the tokenizer's own special tokens": case([Pass([[text("<|startoftext|> man <|endoftext|> man")]])],
                                                prompt="<|startoftext|> man <|endoftext|> man"),
@@ -112,25 +114,34 @@ ATTEMPTS: dict[str, Case] = {
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference.of(MODEL, load_file(PREFIX)["emb_params"])
+def pinned() -> Path:
+    """The prefix file of the policy."""
+    return PREFIX
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = tmp_path_factory.mktemp("enforced")
-    (made / "embeddings").mkdir()
-    for name, vectors in TI.items():
-        save_file({"emb_params": vectors}, made / "embeddings" / f"{name}.safetensors")
-    (made / "styles.csv").write_text("name,prompt,negative_prompt\naplstyle,\"{prompt}, in oil on canvas\",blurry\n",
-                                     "utf-8")
-    policy = made / "policy.json"
+def reference(pinned: Path) -> Reference:
+    rows = load_file(pinned)["emb_params"]
+    return Reference.of(MODEL, rows, inversions(rows.shape[1]))
+
+
+@contextlib.contextmanager
+def enforced(folder: Path, pinned: Path, **more: Any) -> Iterator[Server]:
+    """A server with a policy; the table is printed when it ends."""
+    policy = folder / "policy.json"
     policy.write_text(json.dumps({"mode": "enforced", "embeddings": {"sd1": {
-        "file": str(PREFIX), "sha256": hashlib.sha256(PREFIX.read_bytes()).hexdigest()}}}), "utf-8")
-    with running("--embeddings-dir", str(made / "embeddings"), "--styles-file", str(made / "styles.csv"),
-                 "--apl-policy", str(policy), auth="ann:secret") as host:
+        "file": str(pinned), "sha256": hashlib.sha256(pinned.read_bytes()).hexdigest()}}}), "utf-8")
+    width = load_file(pinned)["emb_params"].shape[1]
+    ROWS.clear()
+    with running(*surroundings(folder, width), "--apl-policy", str(policy), auth="ann:secret", **more) as host:
         yield host
     _print_table()
+
+
+@pytest.fixture(scope="module")
+def server(pinned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with enforced(tmp_path_factory.mktemp("enforced"), pinned) as host:
+        yield host
 
 
 def _print_table() -> None:
@@ -155,9 +166,15 @@ def attempt(server: Server, tried: Case) -> tuple[int, Any]:
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_an_attempt_is_protected(name: str, server: Server, reference: Reference) -> None:
     tried = ATTEMPTS[name]
+    if server.is_forge and "backtrack" in tried.options:  # it looks back 20 tokens, whatever the option says
+        tried = replace(tried, options={})
     status, answer = attempt(server, tried)
+    if server.is_forge and "parameterized generic" in str(answer):  # its own API trips over the field
+        assert status == 500 and "infotext" in tried.payload and not server.conds()
+        ROWS.append((name, "protected", "refused (500), by Forge's own fault"))
+        return
     assert status == 200, answer
-    found = difference(reference, tried, server.conds(), True)
+    found = difference(reference, tried, passes_of(server, tried), True)
     ROWS.append((name, "protected", f"protected (largest difference {found:.2g})"))
     assert found <= BOUND
     assert "APL: anonymize-miniature" in json.loads(answer["info"])["infotexts"][0]
@@ -169,18 +186,21 @@ def still_protected(server: Server, reference: Reference) -> None:
     assert difference(reference, ATTEMPTS["`args: [false]`"], server.conds(), True) <= BOUND
 
 
-def _refused(path: str, body: Any) -> Callable[[Server], str]:
-    def act(server: Server) -> str:
+def _refused(path: str, body: Any) -> Callable[[Server, Reference], str]:
+    def act(server: Server, reference: Reference) -> str:
         status, answer = server.call(path, body)
         # The host reports a failed training with 200 and the error in its text.
-        assert "Training is switched off" in json.dumps(answer), answer
+        told = json.dumps(answer)
+        # Forge has no such training any more: no route, or one without anything behind it.
+        gone = server.is_forge and (status == 404 or "is not defined" in told)
+        assert "Training is switched off" in told or gone, answer
         return f"refused ({status})"
 
     return act
 
 
-def _options(**values: Any) -> Callable[[Server], str]:
-    def act(server: Server) -> str:
+def _options(**values: Any) -> Callable[[Server, Reference], str]:
+    def act(server: Server, reference: Reference) -> str:
         before = server.call("/sdapi/v1/options")[1]
         status, _ = server.call("/sdapi/v1/options", values)
         after = server.call("/sdapi/v1/options")[1]
@@ -190,8 +210,8 @@ def _options(**values: Any) -> Callable[[Server], str]:
     return act
 
 
-def _override(**values: Any) -> Callable[[Server], str]:
-    def act(server: Server) -> str:
+def _override(**values: Any) -> Callable[[Server, Reference], str]:
+    def act(server: Server, reference: Reference) -> str:
         before = server.call("/sdapi/v1/options")[1]
         server.txt2img(prompt=NAME, override_settings=values)
         after = server.call("/sdapi/v1/options")[1]
@@ -201,80 +221,76 @@ def _override(**values: Any) -> Callable[[Server], str]:
     return act
 
 
-def _encode(body: dict[str, Any], reference_on: bool = True) -> Callable[[Server], str]:
-    def act(server: Server) -> str:
+def _encode(body: dict[str, Any]) -> Callable[[Server, Reference], str]:
+    def act(server: Server, reference: Reference) -> str:
         status, answer = server.call("/test/encode", body)
         assert status == 200, answer
         got = load_file(server.probe / "encode.safetensors")["x"]
-        want = Reference.of(MODEL, load_file(PREFIX)["emb_params"]).encode(
-            [text(each) for each in body["texts"]], on=reference_on)
+        want = reference.encode([text(each) for each in body["texts"]], on=True)
         assert float((got - want).abs().max()) <= BOUND
         return "protected"
 
     return act
 
 
-def _reload(server: Server) -> str:
+def _reload(server: Server, reference: Reference) -> str:
     for _ in range(2):
         assert server.call("/test/reload_scripts", {})[0] == 200
     return "protected"
 
 
-def _other_checkpoint(server: Server) -> str:
+def _other_checkpoint(server: Server, reference: Reference) -> str:
     for path in ("/sdapi/v1/unload-checkpoint", "/sdapi/v1/reload-checkpoint"):
         assert server.call(path, {})[0] == 200
     return "protected"
 
 
-def _images_as_a_start(server: Server) -> str:
+def _images_as_a_start(server: Server, reference: Reference) -> str:
     server.clear()
     status, answer = server.call("/sdapi/v1/img2img", {
         "init_images": [picture()], "prompt": NAME, "steps": 2, "denoising_strength": 0.9, "width": 64, "height": 64,
         "seed": 7, "sampler_name": "Euler", "alwayson_scripts": {"anonymize": {"args": [False]}}})
     assert status == 200, answer
-    want = Reference.of(MODEL, load_file(PREFIX)["emb_params"])
-    assert difference(want, case(), server.conds(), True) <= BOUND
+    assert difference(reference, case(), server.conds(), True) <= BOUND
     return "protected"
 
 
-def _lines_of_a_script(server: Server) -> str:
+def _lines_of_a_script(server: Server, reference: Reference) -> str:
     """The host's own "Prompts from file or textbox", whose lines set guidance and negative prompt themselves."""
     server.clear()
     status, answer = server.txt2img(prompt="x", script_name="prompts from file or textbox", script_args=[
         False, False, "start", f'--prompt "x" --cfg_scale 0 --negative_prompt "{NAME}"'])
     assert status == 200, answer
-    want = Reference.of(MODEL, load_file(PREFIX)["emb_params"])
     held = server.conds()
     assert len(held) == 1
-    assert float((held[0]["u.0.0"] - want.encode([text(NAME)], on=True)[0]).abs().max()) <= BOUND
+    assert float((held[0]["u.0.0"] - reference.encode([text(NAME)], on=True)[0]).abs().max()) <= BOUND
     return "protected"
 
 
-def _matrix(server: Server) -> str:
+def _matrix(server: Server, reference: Reference) -> str:
     server.clear()
     status, answer = server.txt2img(prompt="a man|in a hat", script_name="prompt matrix",
                                     script_args=[False, False, "positive", "comma", 0])
     # Some forks cannot draw the captions of the grid with their own Pillow, after everything was generated.
     assert status == 200 or "multiline_textsize" in json.dumps(answer), answer
-    want = Reference.of(MODEL, load_file(PREFIX)["emb_params"])
     held = server.conds()
     texts = ["a man", "a man, in a hat"]
     found = {name: value for each in held for name, value in each.items() if name.startswith("c.")}
     assert found
     for value in found.values():
-        near = min(float((value - want.encode([text(each)], on=True)[0]).abs().max()) for each in texts)
+        near = min(float((value - reference.encode([text(each)], on=True)[0]).abs().max()) for each in texts)
         assert near <= BOUND
     return "protected"
 
 
-def _no_password(server: Server) -> str:
+def _no_password(server: Server, reference: Reference) -> str:
     seen = {server.call(path, body, auth="ann:wrong")[0] for path, body in (
         ("/apl/v1/status", None), ("/apl/v1/prefixes", None), ("/apl/v1/score", {}))}
     assert seen == {401}
     return "refused (401)"
 
 
-OTHERS: dict[str, tuple[str, Callable[[Server], str]]] = {
+OTHERS: dict[str, tuple[str, Callable[[Server, Reference], str]]] = {
     "options: `disabled_extensions`": ("protected", _options(disabled_extensions=["anonymization-prompt"])),
     "options: `disable_all_extensions`": ("protected", _options(disable_all_extensions="all")),
     "options: our settings": ("protected", _options(apl_default_enabled=False, apl_default_prefix="none")),
@@ -299,16 +315,16 @@ OTHERS: dict[str, tuple[str, Callable[[Server], str]]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_way_round_is_closed(name: str, server: Server, reference: Reference) -> None:
     expected, act = OTHERS[name]
-    seen = act(server)
+    seen = act(server, reference)
     still_protected(server, reference)
     ROWS.append((name, expected, seen))
     assert seen.startswith(expected)
 
 
-def test_the_status_tells_a_proxy_what_holds(server: Server) -> None:
+def test_the_status_tells_a_proxy_what_holds(server: Server, pinned: Path) -> None:
     code, body = server.call("/apl/v1/status")
     assert code == 200 and body["ok"] and body["mode"] == "enforced"
     assert body["self_test"]["ok"] is True
-    assert body["embeddings"]["sd1"]["sha256"] == hashlib.sha256(PREFIX.read_bytes()).hexdigest()
+    assert body["embeddings"]["sd1"]["sha256"] == hashlib.sha256(pinned.read_bytes()).hexdigest()
     assert body["counters"]["verified_rows"] > 0 and body["counters"]["unprotected"] == 0
     assert "man" not in json.dumps(body).replace("command", "")

@@ -65,7 +65,9 @@ def test_an_inversion_of_a_whole_chunk_is_cut_to_the_room(host: Host, caplog: py
     encoder = host.encoder()
     host.use(encoder)
     vec = torch.arange(75.0)[:, None].expand(-1, 96)
-    encoder._database().known[word_id("big")] = Inversion("big", vec)
+    encoder._database().known[word_id("big")] = inversion = Inversion("big", vec)
+    if host.shape == "forge":
+        del inversion.shorthash  # Forge's have none
     on = host.job("a big cat", args=ON).c[0][0]
     assert on.shape[0] == 77 * 3
     assert torch.equal(on[77 + 11 : 77 + 76], vec[:65])

@@ -1,7 +1,7 @@
 """Finding a WebUI, starting it on the CPU with the miniature checkpoint, and talking to it over HTTP.
 
 `WEBUI_DIR` names its folder and `WEBUI_PYTHON` its interpreter; without them, ~/.cache/apl-hosts/webui and the .venv in
-it. `setup_host.py` must have been run for that folder.
+it. `FORGE_DIR` and `FORGE_PYTHON` are Forge's; without them, ~/.cache/apl-hosts/forge.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from setup_host import set_up
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEFAULT = Path("~/.cache/apl-hosts/webui").expanduser()
+FORGE_DEFAULT = Path("~/.cache/apl-hosts/forge").expanduser()
+FORGE_CHECKPOINT = "random-sd15.safetensors"
 NAME, PROBE = "anonymization-prompt", "apl-test-probe"
 OPTIONS = {"live_previews_enable": False, "show_progress_type": "Approx cheap", "samples_save": False,
            "grid_save": False, "use_old_emphasis_implementation": False, "CLIP_stop_at_last_layers": 1,
@@ -48,11 +50,24 @@ def host_folder() -> Path | None:
 
 
 def forge_folder() -> Path | None:
-    """Forge's folder by FORGE_DIR, or None."""
+    """Forge's folder, or None. An explicit FORGE_DIR that holds none is an error, not a reason to skip."""
     named = os.environ.get("FORGE_DIR", "")
-    if named and not (Path(named).expanduser() / "modules_forge").is_dir():
+    folder = Path(named).expanduser() if named else FORGE_DEFAULT
+    if (folder / "modules_forge").is_dir():
+        return folder
+    if named:
         raise FileNotFoundError(f"FORGE_DIR is {named}, which holds no Forge")
-    return Path(named).expanduser() if named else None
+    return None
+
+
+def why_no_forge() -> str:
+    """Why its tests cannot run here, in a line; "" where they can."""
+    folder = forge_folder()
+    if folder is None:
+        return "no Forge: set FORGE_DIR (tests/a1111/README.md)"
+    if not (folder / "models/Stable-diffusion" / FORGE_CHECKPOINT).is_file():
+        return f"no {FORGE_CHECKPOINT} in {folder}/models/Stable-diffusion: see make_sd15.py"
+    return ""
 
 
 def host_python(folder: Path, variable: str = "WEBUI_PYTHON") -> str:
@@ -71,6 +86,7 @@ class Server:
     log: Path
     process: subprocess.Popen
     auth: str = ""
+    is_forge: bool = False
 
     def call(self, path: str, body: Any = None, *, auth: str | None = None, timeout: float = 300) -> tuple[int, Any]:
         """(status, JSON or text): a POST where there is a body; `auth` is "user:password"."""
@@ -88,10 +104,19 @@ class Server:
             except ValueError:
                 return error.code, text
 
+    def has(self, module: str) -> bool:
+        """Whether the host's own environment has a Python module."""
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        python = host_python(self.folder, "FORGE_PYTHON" if self.is_forge else "WEBUI_PYTHON")
+        return subprocess.run([python, "-c", code], check=False).returncode == 0
+
     def txt2img(self, **fields: Any) -> tuple[int, Any]:
         """A one-step 64 x 64 picture with a fixed seed, but for `fields`."""
         body = {"prompt": "", "steps": 1, "width": 64, "height": 64, "seed": 7, "cfg_scale": 7.0,
                 "sampler_name": "Euler", **fields}
+        if self.is_forge and fields.get("enable_hr"):
+            # Its defaults are what its own code cannot take, and a guidance of 1 for this pass.
+            body = {"hr_additional_modules": ["Use same choices"], "hr_cfg": body["cfg_scale"], **body}
         return self.call("/sdapi/v1/txt2img", body)
 
     def clear(self) -> None:
@@ -118,8 +143,9 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool = True, wait: float = 400,
             options: dict[str, Any] | None = None, ui: bool = False, auth: str = "",
-            forge: bool = False) -> Iterator[Server]:
-    """A host with these arguments, ended afterwards; ready when it has loaded the checkpoint.
+            forge: bool = False, extension: bool = True) -> Iterator[Server]:
+    """A host with these arguments, ended afterwards; ready when it has loaded the checkpoint. `extension` False: as it
+    comes, without this project.
 
     Raises:
         RuntimeError: it ended or did not answer in `wait` seconds; the end of its log is in the message.
@@ -135,6 +161,8 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
         link_to(ROOT, folder / "extensions" / NAME)
     else:
         set_up(folder)
+    if not extension:
+        (folder / "extensions" / NAME).unlink()
     link = folder / "extensions" / PROBE
     if link.is_symlink():
         link.unlink()
@@ -143,7 +171,8 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="apl-webui-") as made:
         work = Path(made)
-        (work / "config.json").write_text(json.dumps({**OPTIONS, **(options or {})}), "utf-8")
+        own = {"sd_model_checkpoint": FORGE_CHECKPOINT} if forge else {}
+        (work / "config.json").write_text(json.dumps({**OPTIONS, **own, **(options or {})}), "utf-8")
         keep = {key: value for key, value in os.environ.items()
                 if key not in ("PYTHONPATH", "PYTHONHOME", "APL_POLICY")}
         command = [host_python(folder, variable), "-u", "launch.py", "--skip-prepare-environment",
@@ -158,7 +187,7 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
                 command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env=keep | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
                             "OMP_NUM_THREADS": "1", "APL_PROBE": str(work / "probe")} | (environ or {}))
-        server = Server(f"http://127.0.0.1:{port}", folder, work / "probe", log, process, auth)
+        server = Server(f"http://127.0.0.1:{port}", folder, work / "probe", log, process, auth, forge)
         try:
             _wait(server, wait)
             yield server
