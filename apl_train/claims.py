@@ -31,6 +31,9 @@ FIG5 = "apl evaluate --preset miniature --only fig5"
 FIG6 = "apl evaluate --preset miniature --only fig6"
 FIG7 = "apl evaluate --preset miniature --only fig7"
 RELATIVES = "apl miniworld carry --only relatives"
+MAP = "python benchmarks/transfer_cost.py map"
+SEARCH = "python benchmarks/transfer_cost.py search"
+AGREE = "python benchmarks/transfer_cost.py agree"
 CARRY = "apl miniworld carry --only transfer"
 RESUME = "python -m pytest tests/world/test_resume.py"
 DEMO = "python install.py demo"
@@ -169,6 +172,15 @@ TARGETS: dict[str, Target] = {
                             SCORING, "transfer"),
     "dlib-pairs": Target("dlib, six faces and copies of them: pairs judged wrongly", "<= 0", DLIB, "transfer"),
     "identity-odd": Target("a folder of odd files: those not listed with their reason", "<= 0", ODD, "transfer"),
+    "transfer-seconds": Target("transfer at full size, files to prefix with its report, two cores: s", "<= 5", MAP,
+                               "transfer"),
+    "transfer-memory": Target("transfer at full size: peak memory, GB", "<= 2", MAP, "transfer"),
+    "transfer-agreement": Target("PTfer: cosine of the closed form to the published search", ">= 0.995", AGREE,
+                                 "transfer"),
+    "transfer-identity": Target("a table carried to itself: cosine", ">= 0.9999", AGREE, "transfer"),
+    "transfer-speed": Target("PTfer at full size: seconds of the published search / the closed form's", ">= 50", SEARCH,
+                             "transfer"),
+    "transfer-loss": Target("PTfer at full size: loss of the closed form / the search's", "<= 1.0", SEARCH, "transfer"),
     "levels-fall": Target("levels: largest rise of ID-ACC between levels, beyond the interval", "<= 0.0", FIG6),
     "baselines-unseen": Target("unseen persons: the list method that comes nearest, ID-ACC / base's", ">= 0.80",
                                BASELINES, "evaluation"),

@@ -42,7 +42,7 @@ def add_options(parsers: dict[str, ArgumentParser]) -> None:
                    help='captions that tell which tokens were learned: "miniature", a text file of one a line, or a '
                         "CSV with a column caption, prompt or text. Without them every token counts alike")
     p.add_argument("--clip-norms", action="store_true",
-                   help="shorten vectors longer than 99.9%% of the target's tokens")
+                   help="shorten vectors longer than 999 of 1000 of the target's tokens")
     p.add_argument("--refine", type=int, default=0,
                    help="steps that then bring the second text encoder's states nearer to what the prefix did to the "
                         "first's; needs --captions and whole models, and takes minutes or a GPU")
