@@ -25,7 +25,7 @@ from apl_train.control import obeying
 from apl_train.dataset import Dataset, problems, read_dataset
 from apl_train.events import EventLog
 from apl_train.previews import beside
-from apl_train.processes import this_process
+from apl_train.processes import ProcessLost, this_process
 from apl_train.pseudo_identity import add_words, read_words
 from apl_train.samples import TrainingSet
 from apl_train.state import has_state, only_one
@@ -135,6 +135,10 @@ def ctrl_c(*, patient: bool = False) -> Iterator[threading.Event]:
     before = {s: signal.signal(s, handle) for s in wanted}
     try:
         yield asked
+    except ProcessLost:
+        # the launcher ends what is left of a command of which one process is gone: let this one say why first
+        before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for s, old in before.items():
             signal.signal(s, old)
