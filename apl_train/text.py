@@ -78,6 +78,10 @@ class TextStack:
             the tensor keys of prefix files: "emb_params", or "clip_l" and "clip_g". The encoders are set to eval mode
             and frozen in place.
 
+    Attributes:
+        plain_pooled: SDXL: take the pooled state of the prompt without the prefix; False as hosts do. CLIP-G reads it
+            at EOS, behind the prefix, so that one moves too.
+
     Raises:
         ModelError: the family is not supported here, or the encoders are not those of the family.
     """
@@ -92,7 +96,7 @@ class TextStack:
                 found = ", ".join(sorted(given)) or "nothing"
                 raise ModelError(f"{name} has {found}; {family} needs {', '.join(keys)}.",
                                  "Name them as prefix files do.", field=name)
-        self.family = family
+        self.family, self.plain_pooled = family, False
         self._known: dict[tuple[str, str], list[int]] = {}
         self._words: dict[str, list[int]] = {}
         self.tokenizers = {key: tokenizers[key] for key in keys}
@@ -214,6 +218,8 @@ class TextStack:
         plans = self._plans(prompts, m, chunks, position=position, overflow=overflow)
         found = [self._run(key, plans[key], given.get(key), clip_skip) for key in self.encoders]
         pooled = found[-1][1] if self.family == "sdxl" else None
+        if pooled is not None and given and self.plain_pooled:
+            pooled = self._run("clip_g", self._plans(prompts, 0, overflow=overflow)["clip_g"], None, clip_skip)[1]
         return Encoded(torch.cat([states for states, _ in found], dim=-1), pooled)
 
     def num_prefix(self, vectors: Vectors | None) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from apl_core.atomic import write_bytes, write_json
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import claims, shipped
+from apl_train.drift import random_vectors
 from apl_train.grids import labelled, to_png
 from apl_train.miniworld.card import PREFIX_NAME, Bench, folder
 
@@ -69,6 +70,8 @@ def _row(scores: Mapping[str, Any], condition: str = "on") -> dict[str, Any]:
     test, moved = scores["persons"]["test"], scores["drift"]
     row = {k: test[condition][k] for k in ("id_acc_mean", "id_acc_max", "ci95", "face_rate", "attr_acc", "by_person",
                                            "n_persons", "n_images")}
+    if condition in ("off", "on"):
+        row["things_to_faces"] = scores["uninvited_rate"][f"faces_in_nonfaces_{condition}"]
     return row | {f"drift_{kind}": moved[kind][condition] / moved[kind]["two_seeds"] for kind in moved
                   if moved[kind].get(condition) is not None}
 
@@ -124,6 +127,12 @@ def measure_transfer(cache: Path, seeds: int = 4) -> dict[str, Any]:
     for name, prompt in tried.items():
         if name not in rows:
             rows[name] = _row(_scores(bench, prompt, seeds, "on"))
+    bench.backend.text.plain_pooled = True
+    rows["auto, pooled without it"] = _row(_scores(bench, tried["auto"], seeds, "on"))
+    copied = dict(tried["auto"].tensors)
+    copied["clip_g"] = random_vectors(copied)["clip_g"]
+    bench.backend.text.plain_pooled = False
+    rows["first half copied, second random"] = _row(_scores(bench, copied, seeds, "on"))
     off, best = rows["off"]["by_person"], rows["native"]["by_person"]
     for name, row in rows.items():
         if name != "off":
@@ -163,14 +172,16 @@ def write_picture(cache: Path, carried: AnonymizationPrompt | None = None) -> Pa
 
 def table(found: Mapping[str, Any]) -> str:
     """One line a model and prefix."""
-    lines = [f"{'':32}{'ID-ACC':>8} {'95% interval':>16} {'max':>7} {'Attr':>6} {'faces':>6} {'drift':>12} {'kept':>6}"]
+    heads = ("ID-ACC", "95% interval", "max", "Attr", "faces", "drift", "kept", "faces of things")
+    lines = [" " * 42 + "{:>8} {:>16} {:>7} {:>6} {:>6} {:>12} {:>6} {}".format(*heads)]
 
     def line(label: str, row: Mapping[str, Any]) -> str:
         drifts = "/".join(f"{row[k]:.2f}" for k in ("drift_nonfaces", "drift_unnamed_faces") if row.get(k) is not None)
+        turned = "" if row.get("things_to_faces") is None else f"{row['things_to_faces']:.3f}"
         share = "" if row.get("kept") is None else f"{row['kept']:.2f}"
         low, high = row["ci95"]
-        return (f"{label:32}{row['id_acc_mean']:8.3f} {f'{low:.3f} to {high:.3f}':>16} {row['id_acc_max']:7.3f} "
-                f"{row['attr_acc']:6.3f} {row['face_rate']:6.3f} {drifts:>12} {share:>6}")
+        return (f"{label:42}{row['id_acc_mean']:8.3f} {f'{low:.3f} to {high:.3f}':>16} {row['id_acc_max']:7.3f} "
+                f"{row['attr_acc']:6.3f} {row['face_rate']:6.3f} {drifts:>12} {share:>6} {turned:>6}")
 
     for model, rows in found.get("relatives", {}).items():
         shares = {"on": {"kept": rows.get("kept")}}

@@ -217,6 +217,18 @@ def test_sdxl_prefix_and_pooled_as_by_hand(sdxl: TextStack) -> None:
     assert close(found.pooled, last @ sdxl.encoders["clip_g"].text_projection.weight.T)
 
 
+def test_plain_pooled_is_that_of_the_prompt_alone(sdxl: TextStack) -> None:
+    vectors = {key: rows(width=width) for key, width in sdxl.widths.items()}
+    usual, bare = sdxl.encode(PROMPTS, vectors), sdxl.encode(PROMPTS)
+    sdxl.plain_pooled = True
+    try:
+        found = sdxl.encode(PROMPTS, vectors)
+    finally:
+        sdxl.plain_pooled = False
+    assert torch.equal(found.states, usual.states)
+    assert torch.equal(found.pooled, bare.pooled) and not torch.equal(found.pooled, usual.pooled)
+
+
 @pytest.mark.parametrize("eos", [2, tiny.EOS])
 def test_pooled_stands_at_eos_whatever_the_config_says(tokenizer, padding_tokenizer, eos: int) -> None:
     large = tiny.text_encoder(6, eos=eos, projection=16).to(DTYPE)
