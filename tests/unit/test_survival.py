@@ -218,7 +218,8 @@ def test_a_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_of_a_real_process(root: Path, tmp_path: Path, number: str) -> None:
     """`apl train` in a process of its own: exit code 130, no traceback, and the state is that of the last step."""
-    code = ("import sys, torch; torch.set_num_threads(1)\n"
+    code = ("import signal, sys, torch; torch.set_num_threads(1)\n"
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup the tests themselves ignore it
             "from apl_train.trainer import Trainer; real = Trainer.one_step\n"
             "import time; Trainer.one_step = lambda self: (time.sleep(0.3), real(self))[1]\n"
             "from apl_train.cli import main; sys.exit(main(sys.argv[1:]))")
