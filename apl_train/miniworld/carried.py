@@ -30,6 +30,8 @@ RELATIVES = ("miniature-1.4", "miniature-realistic")
 SDXL, NATIVE = "miniature-sdxl", "anonymize-miniature-sdxl"
 METHODS = ("ridge", "ptfer", "half", "procrustes")
 RESAMPLES = 4000
+REFINED = 200
+"""Steps of the refinement by text encoders alone, as the command suggests."""
 
 
 def kept(off: Sequence[float], on: Sequence[float], first_off: Sequence[float], first_on: Sequence[float], *,
@@ -96,6 +98,10 @@ def measure_relatives(cache: Path, seeds: int = 4, prefix: str = PREFIX_NAME) ->
     return rows
 
 
+def _captions() -> list[str]:
+    return shipped.locate("captions", shipped.MINIATURE).read_text(encoding="utf-8").splitlines()
+
+
 def carried_prefixes(prefix: str = PREFIX_NAME) -> dict[str, AnonymizationPrompt]:
     """The SD1 prefix in the miniature SDXL's token spaces: by every method, and by the one chosen on held-out tokens.
 
@@ -108,8 +114,7 @@ def carried_prefixes(prefix: str = PREFIX_NAME) -> dict[str, AnonymizationPrompt
     prompt = load_prefix(shipped.prefix_file(prefix))
     source = read_table(shipped.locate("base_model", shipped.MINIATURE))
     targets = read_tables(shipped.locate("base_model", SDXL))
-    captions = shipped.locate("captions", shipped.MINIATURE).read_text(encoding="utf-8").splitlines()
-    ids = read_tokenizer(TOKENIZER)(captions, add_special_tokens=False).input_ids
+    ids = read_tokenizer(TOKENIZER)(_captions(), add_special_tokens=False).input_ids
     weights = caption_weights(ids, source.vocabulary)
     return {method: transfer(prompt, source, targets, TransferSettings(method=method, weights=weights)).prefix
             for method in ("auto", *METHODS)}
@@ -117,10 +122,13 @@ def carried_prefixes(prefix: str = PREFIX_NAME) -> dict[str, AnonymizationPrompt
 
 def measure_transfer(cache: Path, seeds: int = 4) -> dict[str, Any]:
     """The miniature SDXL with its native prefix, with the carried one by every method, and with the controls."""
+    from apl_train.refine_transfer import refine
+
     bench = Bench(cache, SDXL)
     native = load_prefix(shipped.prefix_file(NATIVE))
     tried: dict[str, Any] = {"native": native, **carried_prefixes()}
     tables = {key: bench.backend.text.embedding_table(key) for key in native.tensors}
+    tried["auto, refined"] = refine(bench.backend.text, tried["auto"], _captions(), REFINED).prefix
     tried["nearest tokens"] = nearest_tokens(tried["auto"].tensors, tables)
     first = _scores(bench, tried["auto"], seeds, "on", "random", "description")
     rows = {name: _row(first, name) for name in ("off", "random", "description")} | {"auto": _row(first)}
