@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ScoreError
+from .faces import Face, FaceEmbedder
 from .id_scores import cosine, leave_one_out, normalise, reference_embedding
-from .identity import Face, FaceEmbedder
 
 CHOICES = ("largest", "best", "all")
 """Which face of a picture is compared: the largest one, the best match (the worst case for privacy), or every one."""

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ScoreError
+from .faces import Face, largest_first, with_border
 from .id_scores import normalise
-from .identity import Face, largest_first, with_border
 from .onnx_models import checked_image, file_hash, whole
 from .recognisers import DEFAULT_ROOT, model_note
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ScoreError
+from .faces import Face
 from .id_scores import normalise
-from .identity import Face
 from .onnx_models import (
     BATCH,
     file_hash,
