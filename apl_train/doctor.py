@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -19,6 +20,30 @@ EXTRAS = {"core": ("torch", "safetensors", "numpy", "pillow", "jsonargparse"),
           "train": ("diffusers", "transformers", "accelerate"), "score": ("insightface", "onnxruntime"),
           "report": ("matplotlib", "jinja2"), "ui": ("gradio",)}
 _MODULES = {"pillow": "PIL"}
+
+
+def misfits() -> dict[str, str]:
+    """Packages that are there and stop transformers and diffusers from being imported, each with the way out.
+
+    A torchvision of another build than the torch beside it cannot find its operators and raises RuntimeError; both
+    libraries import it wherever it is, though nothing here draws, trains or scores with it.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return {}
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        return {"torchvision": f"torchvision {_version('torchvision')} does not belong to torch {_version('torch')} "
+                               f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); no model can "
+                               "be loaded  ->  pip uninstall torchvision, or install both from one index"}
+    return {}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def examine() -> tuple[dict[str, Any], str]:
@@ -44,6 +69,8 @@ def examine() -> tuple[dict[str, Any], str]:
     lines = [f"Python {facts['python']} at {facts['interpreter']}, {facts['cores']} cores, "
              f"{'GPU ' + facts['gpu'] if facts['cuda'] else 'no GPU'}, {facts['free_disk_gb']} GB of disk free"]
     lines += [f"  {name:14}{version}" for name, version in facts["packages"].items()]
+    facts["misfits"] = misfits()
+    lines += [f"broken: {text}" for text in facts["misfits"].values()]
     for extra, names in facts["missing"].items():
         lines.append(f"missing for {extra}: {', '.join(names)}  ->  pip install '.[{extra}]' in the checkout")
     lines.append(f"recognisers for photographs: {', '.join(facts['recognisers'])}" if facts["recognisers"] else

@@ -6,6 +6,7 @@ import ast
 import inspect
 import itertools
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,49 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setattr(cli, "_run_doctor", fail)
     code, said = failed(["doctor"], capsys)
     assert code == 2 and "diffusers is not installed" in said and "pip install" in said
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchvision of another build than torch: it is found, and importing it raises."""
+    (tmp_path / "site" / "torchvision").mkdir(parents=True)
+    (tmp_path / "site" / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n")
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+
+@pytest.mark.parametrize("error", [
+    ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'. Are this object's requirements defined?"),
+    RuntimeError("Failed to import diffusers.models because of the following error"),
+], ids=["transformers", "diffusers"])
+def test_a_package_that_breaks_the_libraries_is_named(
+    error: Exception, broken_torchvision: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run_claims", fail)
+    code, said = failed(["claims"], capsys)
+    assert code == 2 and "torchvision" in said and "does not belong to torch" in said and "Bloom" not in said
+    assert "pip uninstall torchvision" in said and "apl doctor" in said
+
+
+def test_doctor_names_it_too(broken_torchvision: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken: ")]
+    assert len(said) == 1 and "torchvision::nms" in said[0] and "pip uninstall torchvision" in said[0]
+
+
+def test_other_import_errors_of_the_libraries_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_args: object) -> None:
+        raise RuntimeError("Failed to import diffusers.models because of the following error")
+
+    monkeypatch.setattr(cli, "_run_claims", fail)
+    monkeypatch.setattr("apl_train.doctor.misfits", dict)
+    with pytest.raises(RuntimeError, match="Failed to import"):
+        cli.main(["claims"])
 
 
 def test_ctrl_c_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
