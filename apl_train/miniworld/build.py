@@ -9,7 +9,6 @@ three Python packages (`pip install ".[miniworld]"` in the checkout); hours on t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +20,10 @@ import torch.distributed
 from safetensors.torch import load_file
 
 from apl_core.atomic import write_safetensors
-from apl_core.errors import ConfigError, ModelError
+from apl_core.errors import ConfigError
 from apl_train.miniworld import autoencoder, denoiser, denoiser_xl, presence, recogniser, relatives, text_tower
 from apl_train.miniworld.captions import Captioner
-from apl_train.miniworld.tokens import write_tokenizer
+from apl_train.miniworld.tokens import provide_tokenizer
 from apl_train.miniworld.world import read_people, read_pictures, render_world
 
 
@@ -63,11 +62,7 @@ class Build:
 
         folder = self.work / "tokenizer"
         if not (folder / "tokenizer_config.json").exists():
-            spec = importlib.util.find_spec("open_clip")
-            if spec is None or spec.origin is None:
-                raise ModelError("the CLIP vocabulary comes from a package that is not installed",
-                                 hint="pip install open-clip-torch --no-deps")
-            write_tokenizer(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), folder)
+            provide_tokenizer(folder)
         return CLIPTokenizer.from_pretrained(folder)
 
     def render(self) -> None:

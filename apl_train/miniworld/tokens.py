@@ -1,15 +1,21 @@
 """The genuine CLIP byte-pair vocabulary (49,408 entries) as a transformers tokenizer folder.
 
-The merges come from the MIT-licensed package `open_clip_torch`; `apl miniworld build` writes them once, and the
-folder ships with the miniature checkpoint.
+The merges come from the MIT-licensed package `open_clip_torch`. The folder that was made of them ships with the
+miniature checkpoint, and a rebuild takes it from there; only without it is the package needed.
 """
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
+from apl_core.errors import ModelError
+
+FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+SHIPPED = Path(__file__).with_name("assets") / "model" / "tokenizer"
 MERGES = 49152 - 256 - 2
 """Number of merges that CLIP uses of the list."""
 
@@ -25,6 +31,24 @@ def byte_alphabet() -> list[str]:
             extra += 1
     ordered = printable + [b for b in range(256) if b not in set(printable)]
     return [letters[b] for b in ordered]
+
+
+def provide_tokenizer(folder: Path, shipped: Path = SHIPPED) -> None:
+    """Fills `folder` with the four files: copies of the shipped ones, or from open_clip's list of merges.
+
+    Raises:
+        ModelError: there are neither shipped files nor the package.
+    """
+    if all((shipped / name).is_file() for name in FILES):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(shipped / name, folder / name)
+        return
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise ModelError(f"{shipped} is not there, and the package that the CLIP vocabulary comes from is missing.",
+                         "Restore that folder, or pip install --no-deps open-clip-torch.", field="tokenizer")
+    write_tokenizer(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), folder)
 
 
 def write_tokenizer(merges_gz: Path, folder: Path) -> None:

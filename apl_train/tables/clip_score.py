@@ -157,7 +157,7 @@ class TorchmetricsClip:
         if not path.is_dir():
             raise ScoreError(f"clip weights {folder!r} are not a folder.",
                              "Give a folder of a CLIP model of transformers.", field="clip")
-        self._score = _module("torchmetrics.functional.multimodal", 'pip install "torchmetrics[multimodal]"').clip_score
+        self._score = _module("torchmetrics.functional.multimodal", "pip install torchmetrics transformers").clip_score
         transformers = _module("transformers", "pip install transformers")
         try:
             self._loaded = (_Features(transformers.CLIPModel.from_pretrained(path, local_files_only=True).eval()),
