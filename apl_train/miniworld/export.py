@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from apl_core.atomic import write_bytes, write_json, write_safetensors, write_text, write_with
+from apl_train.miniworld.onnx_export import exported
 from apl_train.miniworld.people import HEADS
 from apl_train.miniworld.picture_tower import write_clip
 from apl_train.miniworld.presence import Looker
@@ -80,16 +81,7 @@ class _Named(nn.Module):
 
 def write_onnx(path: Path, module: nn.Module, edge: int, outputs: Sequence[str]) -> None:
     """One ONNX file with half-precision weights (widened again at load), input float32 [N, 3, edge, edge]."""
-    import onnx
-
-    module = module.to(memory_format=torch.contiguous_format).eval()
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        module, (torch.zeros(2, 3, edge, edge),), buffer, input_names=["input"], output_names=list(outputs),
-        dynamic_axes={k: {0: "n"} for k in ("input", *outputs)}, opset_version=17, dynamo=False,
-    )
-    model = onnx.load_from_string(buffer.getvalue())
-    write_bytes(path, _halved(model).SerializeToString())
+    write_bytes(path, _halved(exported(module, (3, edge, edge), outputs)).SerializeToString())
 
 
 def _halved(model):

@@ -7,14 +7,13 @@ surely than right after the contrastive training.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from apl_core.atomic import write_bytes, write_json
+from apl_train.miniworld.onnx_export import exported
 from apl_train.miniworld.render import SIZE
 from apl_train.miniworld.text_tower import Head, Look
 
@@ -33,18 +32,9 @@ class _Projection(nn.Module):
 def write_clip(folder: Path, look: Look, head: Head) -> None:
     """clip.json, clip.onnx and clip_text.onnx; the tower's weights take a byte each."""
     width = head.project.weight.shape[1]
-    write_bytes(folder / "clip.onnx", _packed(_exported(look, (2, 3, SIZE, SIZE))))
-    write_bytes(folder / "clip_text.onnx", _packed(_exported(_Projection(head), (2, width, 1, 1))))
+    write_bytes(folder / "clip.onnx", _packed(exported(look, (3, SIZE, SIZE), ["embedding"])))
+    write_bytes(folder / "clip_text.onnx", _packed(exported(_Projection(head), (width, 1, 1), ["embedding"])))
     write_json(folder / "clip.json", {"pictures": "clip.onnx", "texts": "clip_text.onnx", "frame": SIZE})
-
-
-def _exported(module: nn.Module, shape: tuple[int, ...]):
-    import onnx
-
-    buffer = io.BytesIO()
-    torch.onnx.export(module.eval(), (torch.zeros(shape),), buffer, input_names=["input"], output_names=["embedding"],
-                      dynamic_axes={"input": {0: "n"}, "embedding": {0: "n"}}, opset_version=17, dynamo=False)
-    return onnx.load_from_string(buffer.getvalue())
 
 
 def _packed(model) -> bytes:

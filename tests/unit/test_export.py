@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -12,9 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from apl_core.errors import ModelError
+from apl_train.miniworld import tokens
 from apl_train.miniworld.export import _Named, write_onnx, write_pictures, write_table
+from apl_train.miniworld.picture_tower import write_clip
 from apl_train.miniworld.presence import Looker
 from apl_train.miniworld.recogniser import Recogniser, Shape
+from apl_train.miniworld.text_tower import Head, Look
 
 HEADS = {"gender": 2, "race": 4}
 
@@ -43,7 +49,7 @@ def recogniser() -> tuple[nn.Module, int, list[str]]:
 
 @pytest.mark.parametrize("make", [looker, recogniser])
 def test_onnx_says_what_torch_says(make, tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     module, edge, outputs = make()
     path = tmp_path / "model.onnx"
@@ -65,6 +71,7 @@ def test_onnx_says_what_torch_says(make, tmp_path: Path) -> None:
 
 
 def test_only_large_weights_are_halved(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     module, edge, outputs = looker()
     write_onnx(tmp_path / "model.onnx", module, edge, outputs)
@@ -76,6 +83,39 @@ def test_only_large_weights_are_halved(tmp_path: Path) -> None:
         elif tensor.data_type == onnx.TensorProto.FLOAT:
             assert size <= 256
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+
+
+def test_the_clip_in_bytes_says_what_torch_says(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(3)
+    look, head = livened(Look()), Head().eval().requires_grad_(False)
+    write_clip(tmp_path, look, head)
+    states = torch.randn(3, head.project.in_features, 1, 1, generator=torch.Generator().manual_seed(4))
+    pictures = torch.rand(3, 3, 128, 128, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    for name, given, wanted in (("clip", pictures, look(pictures)),
+                                ("clip_text", states, head.project(states.flatten(1)))):
+        session = runtime.InferenceSession((tmp_path / f"{name}.onnx").read_bytes(),
+                                           providers=["CPUExecutionProvider"])
+        (found,) = session.run(["embedding"], {"input": given.numpy()})
+        assert found.shape == tuple(wanted.shape)
+        cosine = torch.nn.functional.cosine_similarity(torch.from_numpy(found), wanted)
+        assert float(cosine.min()) > 0.999
+
+
+def test_the_vocabulary_is_the_shipped_one_or_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens.provide_tokenizer(tmp_path / "copied")
+    for name in tokens.FILES:
+        assert (tmp_path / "copied" / name).read_bytes() == (tokens.SHIPPED / name).read_bytes()
+    if importlib.util.find_spec("open_clip") is not None:
+        tokens.provide_tokenizer(tmp_path / "made", shipped=tmp_path / "gone")
+        for name in tokens.FILES:
+            made, copied = ((tmp_path / where / name).read_text("utf-8") for where in ("made", "copied"))
+            assert made == copied if name == "merges.txt" else json.loads(made) == json.loads(copied)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="vocabulary") as error:
+        tokens.provide_tokenizer(tmp_path / "none", shipped=tmp_path / "gone")
+    assert "--no-deps open-clip-torch" in error.value.hint and not (tmp_path / "none").exists()
 
 
 def smooth(seed: int) -> np.ndarray:
