@@ -26,6 +26,7 @@ from .training_pictures import grid, levels, mean_score
 from .training_process import Plan, follow
 
 MINIATURE, NONE = "miniature", "none"
+SHIPPED = (MINIATURE, "miniature-sdxl")
 PRESETS = ("fast", "miniature", "miniature-sdxl", "null", "paper", "sd15-8gb", "sd15-fast", "sd15-paper", "sdxl-paper")
 REMOTE = "APL_ALLOW_REMOTE_TRAIN"
 TABLE = "metadata.csv"
@@ -46,8 +47,8 @@ def _is_loopback(address: str) -> bool:
 
 
 def checkpoints() -> list[str]:
-    """"miniature", and the host's checkpoints that are safetensors files."""
-    return [MINIATURE, *(name for name in folder_paths.get_filename_list("checkpoints")
+    """The shipped small models, and the host's checkpoints that are safetensors files."""
+    return [*SHIPPED, *(name for name in folder_paths.get_filename_list("checkpoints")
                          if name.endswith(".safetensors"))]
 
 
@@ -62,7 +63,7 @@ def datasets() -> list[str]:
 
 
 def _checkpoint(name: str) -> str:
-    return name if name == MINIATURE else folder_paths.get_full_path_or_raise("checkpoints", name)
+    return name if name in SHIPPED else folder_paths.get_full_path_or_raise("checkpoints", name)
 
 
 def _dataset(name: str) -> str:
@@ -128,14 +129,15 @@ class TrainAnonymizationPrompt(io.ComfyNode):
         return schema(
             node_id="APL_TrainAnonymizationPrompt",
             display_name="Train Anonymization Prompt",
-            description="Learns an anonymization prompt on a Stable Diffusion 1.x checkpoint, in a process of its own. "
-            "Models loaded here are unloaded first. Interrupting saves; running again with the same settings goes on.",
+            description="Learns an anonymization prompt on a Stable Diffusion 1.x or XL checkpoint, in a process of "
+            "its own. Models loaded here are unloaded first. Interrupting saves; running again with the same settings "
+            "goes on.",
             search_aliases=["APL", "learn", "prefix", "textual inversion"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input("base_model", options=checkpoints(), default=MINIATURE, display_name="base model",
-                               tooltip="The checkpoint to learn on: Stable Diffusion 1.x, or the miniature that comes "
-                               "with the project, which needs minutes on a processor."),
+                               tooltip="The checkpoint to learn on: Stable Diffusion 1.x or XL, or one of the "
+                               "miniatures that come with the project, which need minutes on a processor."),
                 io.Combo.Input("persons", options=datasets(), default=MINIATURE,
                                tooltip="S_ID: a folder of input/ with pictures of named persons and a metadata.csv. "
                                "miniature is the shipped set of fictional, drawn persons."),
@@ -144,7 +146,8 @@ class TrainAnonymizationPrompt(io.ComfyNode):
                                "prefix from changing them. none trains without: persons then appear uninvited."),
                 io.Combo.Input("preset", options=list(PRESETS), default="fast",
                                tooltip="Where all other settings start from: fast and miniature for the miniature, "
-                               "sd15-... for Stable Diffusion 1.5 by memory and patience, paper as published."),
+                               "sd15-... for Stable Diffusion 1.5 by memory and patience, paper as published, "
+                               "miniature-sdxl and sdxl-paper for their SDXL forms."),
                 io.String.Input("name", default="my-anonymization-prompt",
                                 tooltip="Name of the prefix: letters, digits, '-', '_' and single dots."),
                 io.Int.Input("steps", default=0, min=0, max=10_000_000,
