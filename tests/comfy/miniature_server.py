@@ -17,7 +17,6 @@ from typing import Any
 
 from comfy_host import ROOT
 from enforced_server import HERE, Server
-from fakes import miniature_xl
 from PIL import Image
 
 from apl_train import shipped
@@ -36,11 +35,10 @@ def make_base(folder: Path) -> Path:
     for name, pack in (("anonymization-prompt", ROOT), ("miniature_pack", HERE / "miniature_pack")):
         (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
     model = shipped.locate("base_model", "miniature")
-    checkpoints, prompts = base / "models/checkpoints", base / "models/anonymization_prompts"
+    checkpoints = base / "models/checkpoints"
     for name in (SD1, "miniature-sd1.safetensors"):
         (checkpoints / name).symlink_to(model)
     (checkpoints / SDXL).symlink_to(shipped.locate("base_model", "miniature-sdxl"))
-    miniature_xl.write_prefix(prompts / "anonymize-sdxl.safetensors")
     recogniser = shipped.locate("recogniser", "miniature")
     for part in recogniser.parent.iterdir():
         shutil.copy(part, base / "models/insightface/models/auraface" / part.name)

@@ -32,6 +32,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "transfer-to-sdxl": {"width": 256, "height": 256},
     "train-then-use": {"steps": 20, "levels_every": 10, "previews": 2},
 }
+SHIPPED = {"anonymize-sd1": "anonymize-miniature", "anonymize-sdxl": "anonymize-miniature-sdxl"}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def test_every_example_runs(server: Any, base: Path, path: Path) -> None:
         assert all(len(facts["content_hash"]) == 64 for facts in said.values()) and said
     if path.stem == "anonymize-compare":
         assert _texts(outputs).count("ID-ACC mean") == 2
-    if path.stem == "anonymize-sd1":
-        shipped = load_prefix(PrefixLibrary([shipped_folder()]).resolve("anonymize-miniature"))
+    if path.stem in SHIPPED:
+        shipped = load_prefix(PrefixLibrary([shipped_folder()]).resolve(SHIPPED[path.stem]))
         assert [facts["content_hash"] for facts in said.values()] == [shipped.content_hash]
         assert "10 prefix vectors in each" in _texts(outputs) and "/65 tokens" in _texts(outputs)
 
