@@ -26,6 +26,9 @@ def stand_in(name: str) -> None:
 
     module.__getattr__ = attribute
     sys.modules[name] = module
+    parent, _, own = name.rpartition(".")
+    if parent in sys.modules:  # `import a.b.c as c` asks a for b, and would be given an empty class
+        setattr(sys.modules[parent], own, module)
 
 
 def fill_in() -> object:
