@@ -489,8 +489,9 @@ def test_every_attempt(server: Server) -> None:
         elif status != "ok":
             lines.append(f"{'':20}  {str(answer)[:150]}")
     own = sum(row.part == "own" for row in ATTEMPTS)
+    version = server.get("/system_stats")["system"].get("comfyui_version")
     table = "\n".join([f"{'of':20}{'attempt':58}{'expected':22}{'seen':14}", *lines,
-                       f"{len(ATTEMPTS)} attempts, {own} own, {len(wrong)} wrong"])
+                       f"ComfyUI {version}: {len(ATTEMPTS)} attempts, {own} own, {len(wrong)} wrong"])
     print(table)  # noqa: T201 - what this test is for; `pytest -s` or a failure shows it
     assert not wrong, "\n".join(wrong)
     assert own >= 25
