@@ -9,9 +9,10 @@ resampled in pairs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from apl_core.atomic import write_bytes, write_json
+from apl_core.onnx_models import file_hash
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import claims, shipped
 from apl_train.drift import random_vectors
@@ -120,27 +122,62 @@ def carried_prefixes(prefix: str = PREFIX_NAME) -> dict[str, AnonymizationPrompt
             for method in ("auto", *METHODS)}
 
 
-def measure_transfer(cache: Path, seeds: int = 4) -> dict[str, Any]:
-    """The miniature SDXL with its native prefix, with the carried one by every method, and with the controls."""
+class _Rows:
+    """Rows of the table, each written as soon as it is measured; one with an equal stamp is not measured again."""
+
+    def __init__(self, bench: Bench, seeds: int, found: dict[str, Any], save: Callable[[], None]) -> None:
+        self._bench, self._seeds, self.found, self._save = bench, seeds, found, save
+        self._model = file_hash(shipped.locate("base_model", SDXL))
+        self.rows: dict[str, Any] = {}
+
+    def stamp(self, prompt: Any, condition: str) -> str:
+        """Of everything that a row's figures follow from: vectors, model, recogniser, seeds, pooled option."""
+        tensors = getattr(prompt, "tensors", prompt)
+        parts = [f"{k}:{hashlib.sha256(v.float().contiguous().numpy().tobytes()).hexdigest()}"
+                 for k, v in sorted(tensors.items())] if condition in ("on", "random") else []
+        parts += [condition, self._model, self._bench.embedder.sha256, str(self._seeds),
+                  str(self._bench.backend.text.plain_pooled)]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+    def measure(self, name: str, prompt: Any, condition: str = "on") -> None:
+        stamp = self.stamp(prompt, condition)
+        if self.found.get(name, {}).get("stamp") != stamp:
+            more = () if condition == "off" else (condition,)
+            scores = _scores(self._bench, prompt, self._seeds, *more)
+            self.found[name] = _row(scores, condition) | {"stamp": stamp}
+            self._save()
+        self.rows[name] = self.found[name]
+
+
+def measure_transfer(cache: Path, seeds: int = 4, found: dict[str, Any] | None = None,
+                     save: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The miniature SDXL with its native prefix, with the carried one by every method, and with the controls.
+
+    Args:
+        found: rows of an earlier run, extended in place; those whose stamp still holds are taken as they are.
+        save: called after every row.
+    """
     from apl_train.refine_transfer import refine
 
     bench = Bench(cache, SDXL)
+    table = _Rows(bench, seeds, {} if found is None else found, save)
     native = load_prefix(shipped.prefix_file(NATIVE))
     tried: dict[str, Any] = {"native": native, **carried_prefixes()}
     tables = {key: bench.backend.text.embedding_table(key) for key in native.tensors}
     tried["auto, refined"] = refine(bench.backend.text, tried["auto"], _captions(), REFINED).prefix
+    tried["ptfer, refined"] = refine(bench.backend.text, tried["ptfer"], _captions(), REFINED).prefix
     tried["nearest tokens"] = nearest_tokens(tried["auto"].tensors, tables)
-    first = _scores(bench, tried["auto"], seeds, "on", "random", "description")
-    rows = {name: _row(first, name) for name in ("off", "random", "description")} | {"auto": _row(first)}
+    for name in ("off", "random", "description"):
+        table.measure(name, tried["auto"], name)
     for name, prompt in tried.items():
-        if name not in rows:
-            rows[name] = _row(_scores(bench, prompt, seeds, "on"))
+        table.measure(name, prompt)
     bench.backend.text.plain_pooled = True
-    rows["auto, pooled without it"] = _row(_scores(bench, tried["auto"], seeds, "on"))
+    table.measure("auto, pooled without it", tried["auto"])
+    bench.backend.text.plain_pooled = False
     copied = dict(tried["auto"].tensors)
     copied["clip_g"] = random_vectors(copied)["clip_g"]
-    bench.backend.text.plain_pooled = False
-    rows["first half copied, second random"] = _row(_scores(bench, copied, seeds, "on"))
+    table.measure("first half copied, second random", copied)
+    rows = table.rows
     off, best = rows["off"]["by_person"], rows["native"]["by_person"]
     for name, row in rows.items():
         if name != "off":
@@ -153,10 +190,14 @@ def write_carried(cache: Path | None = None, only: Sequence[str] = ("relatives",
     """Measures; writes benchmarks/carried.json and the claims. Returns (figures, a table for people)."""
     path = folder() / "carried.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name, measure in (("relatives", measure_relatives), ("transfer", measure_transfer)):
-        if name in only:
-            found[name] = measure(cache or Path("runs/cache"))
-            write_json(path, found)
+    if "relatives" in only:
+        found["relatives"] = measure_relatives(cache or Path("runs/cache"))
+        write_json(path, found)
+    if "transfer" in only:
+        earlier = found.setdefault("transfer", {})
+        found["transfer"] = measure_transfer(cache or Path("runs/cache"), found=earlier,
+                                             save=lambda: write_json(path, found))
+        write_json(path, found)
     write_picture(cache or Path("runs/cache"))
     return found, table(found)
 
