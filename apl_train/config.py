@@ -97,7 +97,12 @@ class TrainConfig:
     """Share of S_ID samples whose name is written in another way: case, typing errors, hyphens, spaced letters,
     accents, look-alike letters (Struppek et al. 2022), surname, initials. The target stays that of the clean name."""
     pseudo: str = ""
-    """Folder of pseudo-identities (`apl pseudo`): fictional faces bound to new words, as DreamBooth binds them."""
+    """Folder of pseudo-identities (`apl pseudo`): fictional faces bound to new words, as DreamBooth binds them. "auto":
+    unnamed faces of S_Reg are bound before the training, once a model."""
+    pseudo_count: int = 16
+    """How many with "auto"."""
+    pseudo_steps: int = 150
+    """Steps of textual inversion with "auto", of `batch_size` samples (8 at most), for all of them together."""
     pseudo_share: float = 0.25
     """Share of pseudo-identities among the samples of S_ID, where there are any."""
     second_model: str = ""
@@ -114,7 +119,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         whole = (("num_tokens", 1, 64), ("steps", 1, 10_000_000), ("batch_size", 1, 1024), ("warmup", 0, 10_000_000),
                  ("low_t", 0, 999), ("high_t", 0, 999), ("bank", 0, 10_000_000), ("levels_every", 0, 10_000_000),
-                 ("save_every", 1, 10_000_000), ("previews", 0, 64), ("seed", 0, 2**31 - 1))
+                 ("save_every", 1, 10_000_000), ("previews", 0, 64), ("pseudo_count", 1, 10_000),
+                 ("pseudo_steps", 1, 1_000_000), ("seed", 0, 2**31 - 1))
         for field, low, high in whole:
             _check(field, getattr(self, field), int, low, high)
         for field, low, high in (("alpha", -10.0, 100.0), ("learning_rate", 1e-8, 10.0), ("id_share", 0.0, 1.0),

@@ -162,6 +162,8 @@ def lines(settings: MakeSettings, measured: Measured, config: configs.TrainConfi
     found = [Line("generate", f"{drawn} pictures of {len(seen)} persons", drawn * picture),
              Line("generate", f"{neutral} pictures of things and unnamed persons", neutral * picture),
              Line("cache", "latents of all pictures", (drawn + neutral) * measured.decode_seconds * _DECODE_SHARE),
+             Line("train", f"words for {config.pseudo_count} pseudo-identities",
+                  config.pseudo_steps * measured.step_seconds if config.pseudo == AUTO else 0.0),
              Line("train", f"targets of {config.bank} stored tuples", config.bank * measured.predict_seconds),
              Line("train", f"{config.steps} steps of {config.batch_size}", config.steps * measured.step_seconds)]
     if settings.recogniser != "none":

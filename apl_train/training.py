@@ -26,6 +26,7 @@ from apl_train.dataset import Dataset, problems, read_dataset
 from apl_train.events import EventLog
 from apl_train.previews import beside
 from apl_train.processes import ProcessLost, this_process
+from apl_train.pseudo_cache import pseudo_folder
 from apl_train.pseudo_identity import add_words, read_words
 from apl_train.samples import TrainingSet
 from apl_train.state import has_state, only_one
@@ -54,21 +55,24 @@ class _Bars:
             self._name, self._bar = "", None
 
 
-def load_training_set(backend: Backend, config: TrainConfig, cache: Path, *,
+def load_training_set(backend: Backend, config: TrainConfig, cache: Path, *, pseudo_from: Path | None = None,
                       stop: Callable[[], bool] | None = None) -> TrainingSet:
     """S_ID and S_Reg of the settings, with latents and text states cached.
+
+    pseudo_from: folder of the pseudo-identities; by default the one that the settings name, or the one made for them.
 
     Raises:
         DatasetError: naming the row. TrainingStopped: `stop()` said so; what was computed until then is kept.
     """
     s_id = _checked(shipped.locate("s_id", config.s_id), "id", backend, config)
     s_reg = None if config.no_reg else _checked(shipped.locate("s_reg", config.s_reg), "reg", backend, config)
-    pseudo = None
-    if config.pseudo:
-        add_words(backend.text, read_words(Path(config.pseudo)))
-        pseudo = _checked(Path(config.pseudo), "id", backend, config)
-    bars = _Bars()
+    pseudo, bars = None, _Bars()
     try:
+        folder = pseudo_from or pseudo_folder(backend, config, cache, stop=stop,
+                                              progress=bars.of("pseudo-identities", "step"))
+        if folder is not None:
+            add_words(backend.text, read_words(folder))
+            pseudo = _checked(folder, "id", backend, config)
         return TrainingSet(backend, s_id, s_reg, cache, persons=config.persons, stop=stop, pseudo=pseudo,
                            progress=bars.of("latents", "picture"), caption_progress=bars.of("captions", "text"))
     finally:
@@ -157,7 +161,9 @@ def _fit(run: Path, config: TrainConfig, backend: Backend | None, *, resume: boo
         second = None
         if config.second_model:
             other = Backend.for_settings(shipped.locate("base_model", config.second_model), config, device=shared_gpu)
-            second = other, load_training_set(other, config, cache, stop=asked.is_set)
+            # the words of the first model: both see the same captions
+            second = other, load_training_set(other, config, cache, stop=asked.is_set,
+                                              pseudo_from=pseudo_folder(backend, config, cache))
         bars = _Bars()
         stack.callback(bars.close)
         bar = Bar(config.steps) if processes.main else None

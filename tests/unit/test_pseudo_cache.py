@@ -1,0 +1,88 @@
+"""Pseudo-identities that a training makes for itself: once, again after a cut, and with no other setting changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import tiny_models as tiny
+
+from apl_core.errors import DatasetError, TrainingStopped
+from apl_core.prefix import load_prefix
+
+pytest.importorskip("diffusers")
+
+from apl_train import config as configs
+from apl_train.backend import Backend
+from apl_train.config import TrainConfig
+from apl_train.dataset import TABLE
+from apl_train.model_files import read_parts
+from apl_train.pseudo_cache import pseudo_folder
+from apl_train.pseudo_identity import read_words
+from apl_train.training import train
+
+PSEUDO = {"pseudo", "pseudo_count", "pseudo_steps", "pseudo_share"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Backend]:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("world")
+    tiny.write_set(root / "id", [("ab cd", "photo of ab cd", "a man", "id"), ("ef gh", "ef gh", "a boy", "id")])
+    tiny.write_set(root / "reg", [("", "a tree", "", "nonface"), ("", "a man with hats", "", "face"),
+                                  ("", "a lady", "", "face")])
+    tiny.write_set(root / "things", [("", "a tree", "", "nonface")])
+    return root, Backend(read_parts(tiny.write_checkpoint(root)))
+
+
+def settings(root: Path, **changes: object) -> TrainConfig:
+    """The preset on the tiny model, a few steps long."""
+    return configs.from_dict(configs.preset("miniature-pseudo") | {
+        "s_id": str(root / "id"), "s_reg": str(root / "reg"), "steps": 2, "batch_size": 4, "num_tokens": 3,
+        "levels_every": 0, "pseudo_count": 2, "pseudo_steps": 2, "init_text": "ab", **changes})
+
+
+@pytest.mark.parametrize(("name", "plain"), [("miniature-pseudo", "fast"), ("sd15-pseudo", "sd15-fast")])
+def test_the_presets_are_the_plain_ones_with_pseudo_identities(name: str, plain: str) -> None:
+    found, without = (dataclasses.asdict(configs.from_dict(configs.preset(n))) for n in (name, plain))
+    assert {k for k, v in found.items() if v != without[k]} <= PSEUDO
+    assert found["pseudo"] == "auto" and found["pseudo_count"] == 16 and found["pseudo_share"] == 0.5
+
+
+def test_a_training_makes_them_once(world: tuple[Path, Backend], tmp_path: Path) -> None:
+    root, backend = world
+    made = train(tmp_path / "run", settings(root), backend=backend, cache=tmp_path / "cache")
+    assert load_prefix(tmp_path / "run" / "prefix" / "anonymize.safetensors").content_hash == made.content_hash
+    (folder,) = (tmp_path / "cache" / "identities").iterdir()
+    assert len(read_words(folder)) == 2
+    written = (folder / TABLE).stat().st_mtime_ns
+    assert pseudo_folder(backend, settings(root, steps=9), tmp_path / "cache") == folder, "any training of this model"
+    assert (folder / TABLE).stat().st_mtime_ns == written
+    assert pseudo_folder(backend, settings(root, pseudo_steps=1), tmp_path / "cache") != folder
+    plain = train(tmp_path / "plain", settings(root, pseudo=""), backend=backend, cache=tmp_path / "cache")
+    assert plain.content_hash != made.content_hash
+    given = train(tmp_path / "given", settings(root, pseudo=str(folder)), backend=backend, cache=tmp_path / "cache")
+    assert given.content_hash == made.content_hash, "as if the folder had been named"
+
+
+def test_what_was_cut_off_is_made_again(world: tuple[Path, Backend], tmp_path: Path) -> None:
+    root, backend = world
+    told = []
+    with pytest.raises(TrainingStopped, match="pseudo-identities"):
+        pseudo_folder(backend, settings(root), tmp_path, stop=lambda: True, progress=lambda *p: told.append(p))
+    assert told == [(1, 2)]
+    folder = pseudo_folder(backend, settings(root), tmp_path)
+    assert folder is not None and len(read_words(folder)) == 2
+    (folder / TABLE).unlink()
+    again = pseudo_folder(backend, settings(root), tmp_path)
+    assert again == folder and (folder / TABLE).exists()
+
+
+def test_without_faces_there_are_none(world: tuple[Path, Backend], tmp_path: Path) -> None:
+    root, backend = world
+    assert pseudo_folder(backend, settings(root, pseudo=""), tmp_path) is None
+    assert pseudo_folder(backend, settings(root, pseudo=str(root)), tmp_path) == root
+    with pytest.raises(DatasetError, match="no face"):
+        pseudo_folder(backend, settings(root, s_reg=str(root / "things")), tmp_path)
