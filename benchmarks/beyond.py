@@ -131,13 +131,17 @@ class Rows:
         """Newcomers whom DreamBooth binds to a new word, drawn off, with `plain`, and with pseudo-identities."""
         from apl_train.dreambooth import DreamBooth, Teaching, subject
         from apl_train.tables.newcomers import noun_of, teaching_pictures
+        from apl_train.tables.settings import read_settings
 
         folder = self.args.runs / f"identities-{self.args.identities}"
         if not (folder / "metadata.csv").exists():
             faces = read_dataset(shipped.locate("s_reg", shipped.MINIATURE), expect="reg")
             make_pseudo(self.bench.backend, faces, folder, count=self.args.identities,
                         settings=Inversion(steps=self.args.inversion_steps))
-        prompts = {"off": None, "plain": self.trained("plain"), "pseudo": self.trained("pseudo", pseudo=str(folder))}
+        share = configs.preset("miniature-pseudo")["pseudo_share"]
+        prompts = {"off": None, "plain": self.trained("plain"),
+                   "pseudo": self.trained(f"pseudo-{share:g}", pseudo=str(folder), pseudo_share=share)}
+        settings = DreamBooth(**read_settings("miniature").dreambooth)  # those of Fig. 5
         found: dict[str, Any] = {"words": self.likeness_of_words(folder), **figures(self.scores(prompts["pseudo"]))}
         newcomers = shipped.locate("newcomers", shipped.MINIATURE)
         people = read_evaluation_set(newcomers)
@@ -145,7 +149,7 @@ class Rows:
         gallery = build_gallery(people, persons, self.bench.embedder)
         of_each: dict[str, list[id_scores.PersonScores]] = {name: [] for name in ("before", *prompts)}
         for person in persons:
-            noun, settings = noun_of(person), DreamBooth(learning_rate=2e-4, batch_size=4)
+            noun = noun_of(person)
             teaching = Teaching(self.bench.backend, teaching_pictures(newcomers, person.name), noun, settings)
             drawn = [("before", None, self.bench.backend), *((n, p, teaching.backend) for n, p in prompts.items())]
             for i, (name, prompt, backend) in enumerate(drawn):
@@ -219,7 +223,7 @@ def main() -> None:
     parser.add_argument("--identities", type=int, default=16, help="pseudo: faces bound to words")
     parser.add_argument("--inversion-steps", type=int, default=150, help="pseudo: steps of textual inversion")
     parser.add_argument("--taught", type=int, default=2, help="pseudo: persons that DreamBooth teaches")
-    parser.add_argument("--taught-steps", type=int, default=200, help="pseudo: steps of DreamBooth")
+    parser.add_argument("--taught-steps", type=int, default=100, help="pseudo: steps of DreamBooth")
     parser.add_argument("--docs", action="store_true", help=f"only write the table of {DOCS.name}")
     args = parser.parse_args()
     out = sys.stdout.write

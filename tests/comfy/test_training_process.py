@@ -94,5 +94,5 @@ def test_presets_are_the_trainers() -> None:
     from apl_train.config import preset_names
 
     text = (Path(process.ROOT) / "comfy_nodes" / "nodes_train.py").read_text("utf-8")
-    line = next(line for line in text.splitlines() if line.startswith("PRESETS = "))
-    assert sorted(word for word in line.split('"')[1::2]) == preset_names()
+    presets = text.partition("\nPRESETS = (")[2].partition(")")[0]
+    assert sorted(presets.split('"')[1::2]) == preset_names()
