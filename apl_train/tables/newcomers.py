@@ -1,13 +1,14 @@
 """Fig. 5: persons whom DreamBooth teaches to the model after the prefix was learned, off and on while it learns them.
 
 Every newcomer is taught on a copy of the model; every so many iterations pictures of "[V] [noun]" are taken without and
-with the prefix at equal seeds (paper sec. 4.4; there 50 persons of VGGFace2, 800 iterations: 0.53 off, 0.43 on).
+with the prefix at equal seeds (paper sec. 4.4; there 50 persons of VGGFace2, 800 iterations: 0.53 off, 0.43 on). A
+second prefix, learned with the evaluation's `pseudo_preset`, met faces bound to new words while it was learned.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ from apl_core import id_scores
 from apl_core.atomic import write_text
 from apl_core.errors import ConfigError, DatasetError
 from apl_core.id_scores import PersonScores
+from apl_core.prefix import AnonymizationPrompt
 from apl_train import shipped
 from apl_train.charts import sweep_plot
 from apl_train.dreambooth import DreamBooth, Teaching, subject
@@ -32,11 +34,14 @@ from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.settings import Size
 from apl_train.tables.sweeps import point
+from apl_train.tables.trained import trained
 
 FIGURE = "newcomers.svg"
 NOUNS = {"female": "woman", "male": "man"}
 PAPER = {"off": 0.53, "on": 0.43}
 """Sec. 4.4, at 800 iterations; the paper gives no other figure in words."""
+ON = {"on": "on", "pseudo": "with pseudo-identities"}
+"""Condition -> its words, where a prefix is on."""
 
 
 def noun_of(person: PersonRecord) -> str:
@@ -72,20 +77,31 @@ def measure(ev: Evaluation) -> Table:
     persons = people.of_split("test", size.persons)
     gallery = ev.tools.gallery(persons, people)
     marks = iterations(size)
+    prefixes = prefixes_of(ev, size)
     key = {"newcomers": people.sha256, "model": ev.base.sha256, "dreambooth": dataclasses.asdict(settings),
-           "marks": marks, "seeds": size.seeds, "prefix": ev.prompt.content_hash, "template": ev.settings.template,
+           "marks": marks, "seeds": size.seeds, "prefixes": {k: p.content_hash for k, p in prefixes.items()},
+           "template": ev.settings.template,
            "steps": ev.settings.steps, "guidance": ev.settings.guidance, "models": dict(ev.tools.hashes())}
     cells = [Cell(f"fig5 {p.name}", key | {"person": p.name}, len(marks)) for p in persons]
     by_digest = {cell.digest: person for cell, person in zip(cells, persons, strict=True)}
 
     def work(cell: Cell) -> Outcome:
         person = by_digest[cell.digest]
-        values = curve(ev, teaching_pictures(folder, person.name), person, gallery.row(person), settings, marks, size)
+        values = curve(ev, prefixes, teaching_pictures(folder, person.name), person, gallery.row(person), settings,
+                       marks, size)
         return Outcome({"similarities": torch.from_numpy(values)}, {"person": person.name})
 
     outcomes = ev.runner.fill("fig5", cells, work)
     found = np.stack([o.tensors["similarities"].numpy() for o in outcomes])
-    return _table(ev, size, settings, persons, marks, found)
+    return _table(ev, size, settings, persons, marks, tuple(prefixes), found)
+
+
+def prefixes_of(ev: Evaluation, size: Size) -> dict[str, AnonymizationPrompt]:
+    """The prefix that is measured, "on", and the one learned against persons taught later, "pseudo", if asked for."""
+    found = {"on": ev.prompt}
+    if ev.settings.pseudo_preset:
+        found["pseudo"] = trained(ev, size, preset=ev.settings.pseudo_preset)
+    return found
 
 
 def teaching_settings(ev: Evaluation) -> DreamBooth:
@@ -101,17 +117,19 @@ def iterations(size: Size) -> list[int]:
     return sorted({*range(0, size.iterations + 1, size.every), size.iterations})
 
 
-def curve(ev: Evaluation, pictures: NDArray[np.uint8], person: PersonRecord, reference: NDArray, settings: DreamBooth,
-          marks: Sequence[int], size: Size) -> NDArray[np.float32]:
-    """Similarities of one newcomer's pictures, float32 [marks, 2 (off, on), seeds]; NaN where there is no face."""
+def curve(ev: Evaluation, prefixes: Mapping[str, AnonymizationPrompt], pictures: NDArray[np.uint8],
+          person: PersonRecord, reference: NDArray, settings: DreamBooth, marks: Sequence[int],
+          size: Size) -> NDArray[np.float32]:
+    """Similarities of one newcomer's pictures, float32 [marks, 1 + prefixes (off, then each), seeds]; NaN without a
+    face."""
     noun = noun_of(person)
     prompt = ev.settings.template.replace("{}", subject(settings, noun))
     seeds = [Shot(person.name, prompt, k).seed for k in range(size.seeds)]
     teaching = Teaching(ev.base, pictures, noun, settings)
-    rows = np.full((len(marks), 2, size.seeds), np.nan, np.float32)
+    rows = np.full((len(marks), 1 + len(prefixes), size.seeds), np.nan, np.float32)
     for i, mark in enumerate(marks):
         teaching.teach(mark - teaching.step)
-        for j, vectors in enumerate((None, ev.prompt)):
+        for j, vectors in enumerate((None, *prefixes.values())):
             images = teaching.backend.sample([prompt] * len(seeds), seeds, vectors=vectors, steps=ev.settings.steps,
                                              guidance=ev.settings.guidance).images
             for k, faces in enumerate(ev.tools.embedder.faces_of(list(images))):
@@ -127,31 +145,42 @@ def persons_at(persons: Sequence[PersonRecord], values: NDArray[np.float32]) -> 
 
 
 def _table(ev: Evaluation, size: Size, settings: DreamBooth, persons: Sequence[PersonRecord], marks: Sequence[int],
-           found: NDArray[np.float32]) -> Table:
+           conditions: Sequence[str], found: NDArray[np.float32]) -> Table:
     rows, points = [], []
-    ratio = None
     for i, mark in enumerate(marks):
-        off, on = (persons_at(persons, found[:, i, j]) for j in (0, 1))
-        pair = id_scores.paired_bootstrap(off, on)
-        ratio = pair.ratio
-        values: dict[str, Any] = {"off": pair.off, "on": pair.on, "ratio": pair.ratio,
-                                  "faces_off": id_scores.face_rate(off), "faces_on": id_scores.face_rate(on)}
+        off = persons_at(persons, found[:, i, 0])
+        taught = id_scores.cluster_bootstrap(off)
+        values: dict[str, Any] = {"off": taught, "faces_off": id_scores.face_rate(off)}
+        points.append(point(mark, taught, "off"))
+        for j, condition in enumerate(conditions, 1):
+            on = persons_at(persons, found[:, i, j])
+            pair = id_scores.paired_bootstrap(off, on)
+            values |= {condition: pair.on, _ratio(condition): pair.ratio, f"faces_{condition}": id_scores.face_rate(on)}
+            points.append(point(mark, pair.on, ON[condition]))
         is_last = mark == marks[-1]
         rows.append(Row(f"{mark} iterations", values,
                         {**PAPER, "ratio": PAPER["on"] / PAPER["off"]} if is_last else {},
                         "the paper's figure is of 800" if is_last else ""))
-        points += [point(mark, pair.off, "off"), point(mark, pair.on, "on")]
     path = figure_folder(ev.run, ev.settings.name) / FIGURE
     if ev.processes.main:
         write_text(path, standalone(sweep_plot(points, "DreamBooth iterations")))
-    columns = [Column("off", "ID-ACC off"), Column("on", "ID-ACC on"), Column("ratio", "on / off"),
-               Column("faces_off", "with a face, off", 2), Column("faces_on", "on", 2)]
-    claims = {} if ratio is None else {"dreambooth-drop": {
-        "value": 1 - ratio.value, "ci95": None if np.isnan(ratio.lo) else [1 - ratio.hi, 1 - ratio.lo],
-        "n": len(persons)}}
-    conventions = ev.conventions(size, {"newcomers": persons}, prefix=ev.prefix_words,
+    columns = [Column("off", "ID-ACC off")]
+    for condition in conditions:
+        columns += [Column(condition, f"ID-ACC {ON[condition]}"), Column(_ratio(condition), f"{ON[condition]} / off")]
+    columns += [Column("faces_off", "with a face, off", 2), *(Column(f"faces_{c}", ON[c], 2) for c in conditions)]
+    fall = rows[-1].values[_ratio(conditions[-1])]  # of the prefix that was made for this, where there is one
+    claims = {"dreambooth-drop": {"value": None if np.isnan(fall.value) else 1 - fall.value, "n": len(persons),
+                                  "ci95": None if np.isnan(fall.lo) else [1 - fall.hi, 1 - fall.lo]}}
+    second = {"pseudo": f"preset {ev.settings.pseudo_preset}, {size.steps} steps, bank {size.bank}"} \
+        if "pseudo" in conditions else {}
+    conventions = ev.conventions(size, {"newcomers": persons}, prefix=ev.prefix_words, **second,
                                  dreambooth=", ".join(f"{k} {v}" for k, v in dataclasses.asdict(settings).items()))
     notes = ["The newcomers are drawn for this table alone: no model, prefix or recogniser has seen them."] \
         if ev.settings.newcomers == shipped.MINIATURE else []
     return Table("fig5", "Persons taught by DreamBooth", "paper Fig. 5", columns, rows, conventions, notes,
                  [path.name], extra={"claims": claims})
+
+
+def _ratio(condition: str) -> str:
+    """Key of a condition's ratio to "off"."""
+    return "ratio" if condition == "on" else f"{condition}_ratio"

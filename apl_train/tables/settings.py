@@ -56,7 +56,7 @@ class Size:
     bank: int = 2048
     """Target bank that such trainings share."""
     iterations: int = 400
-    """Fig. 5: DreamBooth iterations."""
+    """Fig. 5: DreamBooth iterations; the second prefix is trained by `steps` and `bank`."""
     every: int = 100
     """Fig. 5: pictures are taken every so many iterations."""
 
@@ -114,6 +114,8 @@ class EvaluateSettings:
     """Classifier-free guidance."""
     template: str = "A close-up portrait of {}"
     """c1, {} is the name (paper sec. 4.2)."""
+    pseudo_preset: str = ""
+    """Fig. 5: training preset of a second prefix, one learned against persons who are taught later; "" for none."""
     dreambooth: Mapping[str, Any] = field(default_factory=dict)
     """Fig. 5: settings of `DreamBooth` that differ from its own."""
     device: str = "auto"

@@ -16,10 +16,13 @@ from apl_train.training import resume, train
 NAME = "sweep"
 
 
-def plain_settings(ev: Evaluation, size: Size) -> TrainConfig:
-    """The setting that every sweep changes one thing of: the training preset, shorter, from one target bank."""
+def plain_settings(ev: Evaluation, size: Size, preset: str = "") -> TrainConfig:
+    """The setting that every sweep changes one thing of: the training preset, shorter, from one target bank.
+
+    preset: instead of the evaluation's own.
+    """
     s = ev.settings
-    values = configs.preset(s.preset) | {
+    values = configs.preset(preset or s.preset) | {
         "base_model": s.checkpoint, "s_id": s.s_id, "s_reg": s.s_reg, "device": s.device, "dtype": s.dtype,
         "steps": size.steps, "levels_every": 0, "bank": size.bank, "name": NAME}
     return configs.from_dict(values)
@@ -31,10 +34,14 @@ def folder_name(plain: TrainConfig, changes: Mapping[str, Any]) -> str:
     return "_".join(f"{k}-{v}" for k, v in sorted(differs.items())) or "plain"
 
 
-def trained(ev: Evaluation, size: Size, **changes: Any) -> AnonymizationPrompt:
-    """The prefix of one training; a finished one is reused. Raises what a training raises."""
-    plain = plain_settings(ev, size)
-    run = ev.run / "trainings" / f"{plain.steps}-steps" / folder_name(plain, changes)
+def trained(ev: Evaluation, size: Size, preset: str = "", **changes: Any) -> AnonymizationPrompt:
+    """The prefix of one training; a finished one is reused. `preset`: see `plain_settings`.
+
+    Raises what a training raises.
+    """
+    plain = plain_settings(ev, size, preset)
+    name = "_".join(filter(None, (preset, folder_name(plain, changes))))
+    run = ev.run / "trainings" / f"{plain.steps}-steps" / name
     path = run / "prefix" / f"{NAME}.safetensors"
     if not ev.processes.once(path.exists):
         config = dataclasses.replace(plain, **changes)
