@@ -85,7 +85,8 @@ def help_pages(page: Page, names: list[str]) -> dict[str, Any]:
     found = {}
     for name in names:
         page.evaluate("""name => { const g = window.app.graph; g.clear(); const n = LiteGraph.createNode(name);
-            n.pos = [60, 120]; g.add(n); window.app.canvas.deselectAll(); }""", name)
+            n.pos = [60, 120]; g.add(n);
+            n.setSize([Math.max(n.size[0], 350), n.size[1]]); window.app.canvas.deselectAll(); }""", name)
         page.wait_for_timeout(500)
         box = page.evaluate(FRAME_NODE, page.evaluate("() => window.app.graph.nodes[0].id"))
         page.wait_for_timeout(1000)

@@ -134,6 +134,10 @@ simple("graph", "a node that expands into CLIP Text Encode", "protected",
 simple("graph", "partial execution of one output", "protected",
        lambda g, m, c, t: g.sink(g.encode(c, t)).sink(g.encode(c, f"{t} again")), partial_execution_targets=["3"])
 simple("graph", "front of the queue, own prompt id", "protected", PLAIN, front=True, prompt_id="NEW")
+simple("graph", "nodes of a subgraph, numbered as the page sends them", "protected", lambda g, m, c, t: {
+    f"7:{number}": {**node, "inputs": {key: [f"7:{value[0]}", value[1]] if isinstance(value, list) else value
+                                       for key, value in node["inputs"].items()}}
+    for number, node in PLAIN(g, m, c, t).items()})
 simple("own", "policy keys in the request", "protected", PLAIN, APL_POLICY={"mode": "default_off"},
        extra_data={"apl": False, "APL_POLICY": "{}", "mode": "default_off"})
 
