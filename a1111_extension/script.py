@@ -137,18 +137,21 @@ class ScriptBase:
 
 
 def _pasted(values: Any, field: str) -> Any:
-    """A component's value from pasted parameters; those of a picture without a prefix change nothing."""
+    """A component's value from pasted parameters; None, the hosts' word for "as it is", for those without a prefix.
+
+    An empty `gr.update` would say the same on a page, but hosts with gradio 4 take it for a value in their API.
+    """
     import gradio as gr
 
     found = from_infotext(values.get(KEY))
     if found is None or JOBS.enforced:
-        return gr.update()
+        return None
     name, _, level = found
     known = next((entry for entry in entries() if entry.name == name), None)
     if field == "enabled":
         return True
     if known is None:  # another machine's file; what is chosen here stays on instead
-        return gr.update()
+        return None
     if field == "prefix":
         return gr.update(choices=_choices(), value=_choice_for(name))
     return gr.update(choices=_levels(name), value=level_label(level if level in known.levels else None))

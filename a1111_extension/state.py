@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import sys
 from typing import Any
 
 from ..apl_core.errors import APLError
@@ -40,7 +41,18 @@ def state_line(enabled: Any, prefix: Any, level: Any) -> str:
     if model is None:
         return _line("warn", f"on: {choice.name} ({where}); whether it fits is known once a checkpoint is loaded")
     return _line("on", f"active: {choice.name} ({where}) · {taken} of 75 tokens per chunk, {75 - taken} for your text. "
-                 "Reduces recognisable likeness in tested prompts.")
+                 f"Reduces recognisable likeness in tested prompts.{_cost(taken)}")
+
+
+def _cost(taken: int) -> str:
+    """What a host without padding does with prompts of nearly a chunk; "" where the option is on, or not used."""
+    from modules import shared
+
+    # Forge has the option, and batches prompts of different lengths without it.
+    if "modules_forge" in sys.modules or getattr(shared.opts, "pad_cond_uncond", True):
+        return ""
+    return (f" Prompts of {76 - taken} to 75 tokens become two chunks: two passes a step, unless the setting "
+            "\"Pad prompt/negative prompt\" is on.")
 
 
 def _line(kind: str, text: str) -> str:

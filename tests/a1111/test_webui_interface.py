@@ -100,6 +100,19 @@ def test_before_a_checkpoint_is_loaded_nothing_is_claimed(host: Host, gradio: An
             host.job("a man", args=(True, "test"))
 
 
+def test_the_line_says_when_long_prompts_cost_a_second_pass(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = host.ours("state").state_line
+    assert "two passes" not in line(True, "test", None)  # a host without the option
+    host.shared.opts.data["pad_cond_uncond"] = False
+    assert "66 to 75 tokens become two chunks: two passes a step" in line(True, "test", None)
+    assert "two passes" not in line(False, "test", None)
+    monkeypatch.setitem(sys.modules, "modules_forge", types.ModuleType("modules_forge"))
+    assert "two passes" not in line(True, "test", None)
+    monkeypatch.delitem(sys.modules, "modules_forge")
+    host.shared.opts.data["pad_cond_uncond"] = True
+    assert "two passes" not in line(True, "test", None)
+
+
 def test_only_files_that_fit_are_without_a_remark(host: Host, gradio: Any) -> None:
     make_prefix(host.folder / "prefixes", "wide", widths={"emb_params": 768})
     script = host.shim.Script()
@@ -116,11 +129,11 @@ def test_paste_never_switches_it_off(host: Host, gradio: Any) -> None:
     script.ui(False)
     functions = [function for _, function in script.infotext_fields]
     for values in ({}, {"APL": "nonsense"}, {"Steps": "8"}, {"APL": None}):
-        assert [function(values) for function in functions] == [{"__type__": "update"}] * 3
+        assert [function(values) for function in functions] == [None] * 3  # as it is, for pages and for the API
     on, prefix, level = (function({"APL": "test [00000000], level 400"}) for function in functions)
     assert on is True and prefix["value"] == "test" and level["value"] == "step 400"
     on, prefix, level = (function({"APL": "elsewhere [00000000]"}) for function in functions)
-    assert on is True and "value" not in prefix and "value" not in level
+    assert on is True and prefix is None and level is None
     assert script.paste_field_names == ["APL"]
 
 
@@ -134,8 +147,7 @@ def test_an_enforced_accordion_cannot_be_changed(tmp_path: Path, gradio: Any) ->
         assert controls[0].value is True
         line = host.ours("state").state_line(False, "", None)
         assert "active: house" in line and "operator" in line
-        assert all(function({"APL": "test [00000000]"}) == {"__type__": "update"}
-                   for _, function in script.infotext_fields)
+        assert all(function({"APL": "test [00000000]"}) is None for _, function in script.infotext_fields)
         assert "no picture without" in host.ours("compare").before_and_after("test", None)
 
 

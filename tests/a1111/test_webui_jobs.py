@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import make_prefix
 from fake_host import Host, fake_host
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 ON = (True, "test")
 
@@ -186,11 +188,18 @@ def test_broken_files_are_told_in_a_line_and_the_rest_works(host: Host) -> None:
     (folder / "cut.safetensors").write_bytes((folder / "test.safetensors").read_bytes()[:200])
     (folder / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
     (folder / "huge.safetensors").write_bytes((1 << 30).to_bytes(8, "little") + b"{}")
+    rows = torch.ones(10, 96)
+    with safe_open(folder / "test.safetensors", "pt") as held:
+        said = held.metadata()
+    for name, tensors in (("nan", {"emb_params": torch.full_like(rows, float("nan"))}),
+                          ("extra", {"emb_params": rows, "more": rows.clone()}),
+                          ("narrow", {"emb_params": torch.ones(10, 64)})):
+        save_file(tensors, folder / f"{name}.safetensors", said)
     listed = {each["name"]: each for each in host.ours("api").prefixes()}
     assert listed["test"]["fits"] and listed["test"]["levels"] == [400]
-    for name in ("cut", "pickle", "huge"):
+    for name in ("cut", "pickle", "huge", "nan", "extra", "narrow"):
         assert not listed[name]["fits"] and listed[name]["reason"] and "\n" not in listed[name]["reason"]
-        with pytest.raises(Exception, match=r"cut off|pickle|claims a header"):
+        with pytest.raises(Exception, match=r"cut off|pickle|claims a header|NaN|more|emb_params: 64"):
             host.job("a man", args=(True, name))
     assert carries(host.job("a man", args=ON).c[0][0], host.prefix.vectors())
 
