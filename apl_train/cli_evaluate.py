@@ -16,9 +16,12 @@ Tell = Callable[[Namespace, dict[str, Any], str], None]
 def add_options(p: ArgumentParser) -> None:
     """The options of `apl evaluate`."""
     p.add_argument("--preset", type=str, default="miniature",
-                   help='"miniature", "sd15", or a .yaml file of that form: models, persons, measuring models, sizes')
+                   help='"miniature", or a .yaml file that says models, persons, measuring models and sizes; "sd15" is '
+                        "one to copy and to write your own paths into (docs/evaluate.md)")
     p.add_argument("--only", type=str, default="",
-                   help="tables, such as table1,fig6 (table1 to table4, fig5 to fig8, loss); all by default")
+                   help="some, such as table1,fig6: table1 (models), table2 (side effects, rivals), table3 (m), "
+                        "table4 (alpha), fig5 (DreamBooth), fig6 (levels), fig7 (no S_Reg), fig8 (persons), loss "
+                        "(equation 5 against the released code's); all by default")
     p.add_argument("--run", type=Path, default=None,
                    help="folder of what is done already; the same command goes on there (runs/evaluate/PRESET)")
     p.add_argument("--docs", action="store_true",

@@ -32,7 +32,7 @@ class MakeSettings:
     persons: str = AUTO
     """Folder with references to score against; by default the base model's own pictures of the test persons."""
     preset: str = AUTO
-    """Preset to train with; by default one that fits the memory."""
+    """Preset to train with: sd15-fast, sd15-8gb, sd15-pseudo, sd15-paper, ...; by default one that fits the memory."""
     steps: int = 0
     """Optimizer steps instead of the preset's; 0 = the preset's."""
     limit: int = 0

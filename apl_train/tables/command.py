@@ -17,7 +17,7 @@ from apl_train import claims
 from apl_train.tables import document, results
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.results import Table
-from apl_train.tables.settings import TABLES, EvaluateSettings, read_settings
+from apl_train.tables.settings import TABLES, EvaluateSettings, check_there, read_settings
 from apl_train.training import ctrl_c
 
 Measure = Callable[[Evaluation], Table]
@@ -87,7 +87,8 @@ def run(preset: str, only: str, folder: Path | None, *, docs: bool, say: Callabl
     """The command. Settings are checked before a model is loaded.
 
     Raises:
-        ConfigError: an unknown preset or table. ScoreError: --docs where there are no results.
+        ConfigError: an unknown preset or table, or files that are not here. ScoreError: --docs where there are no
+            results.
     """
     tables = chosen_tables(only)
     settings = read_settings(preset)
@@ -98,6 +99,7 @@ def run(preset: str, only: str, folder: Path | None, *, docs: bool, say: Callabl
             raise ScoreError(f"{where} holds no results.", f"Run `apl evaluate --preset {preset}` first.",
                              field="docs")
         return {"document": str(document.write(where))}
+    check_there(settings, tables)
     with ctrl_c(patient=True) as asked:
         found = evaluate_tables(settings, folder, tables, say=say, quiet=quiet, stop=asked.is_set)
     if docs:

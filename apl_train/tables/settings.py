@@ -18,6 +18,8 @@ from apl_train.config import read_yaml
 PRESETS = Path(__file__).with_name("presets")
 TABLES = ("table1", "table2", "table3", "table4", "fig5", "fig6", "fig7", "fig8", "loss")
 """In the order of the paper; `loss` is equation 5 against the released code's loss."""
+TRAINED = frozenset({"table3", "table4", "fig7", "fig8", "loss"})
+"""Those that train prefixes of their own."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,26 @@ def read_settings(preset: str) -> EvaluateSettings:
         raise ConfigError(f"preset is {preset!r}.", f"Use one of: {', '.join(preset_names())}, or a .yaml file.",
                           field="preset")
     return from_dict({"name": path.stem} | read_yaml(path), str(path))
+
+
+def check_there(settings: EvaluateSettings, tables: Sequence[str]) -> None:
+    """Raises ConfigError naming everything that `tables` need and that is not on this machine.
+
+    Other models of Table 1 are no such thing: their rows say that they did not run.
+    """
+    needed = {"persons": settings.persons}
+    if "fig5" in tables:
+        needed["newcomers"] = settings.newcomers
+    if set(tables) & TRAINED or ("fig5" in tables and settings.pseudo_preset):
+        needed |= {"s_id": settings.s_id, "s_reg": settings.s_reg}
+    absent = [f"{key} {value}" for key, value in needed.items()
+              if value != "miniature" and not Path(value).expanduser().is_dir()]
+    if settings.checkpoint.endswith(".safetensors") and not Path(settings.checkpoint).expanduser().is_file():
+        absent.insert(0, f"checkpoint {settings.checkpoint}")
+    if absent:
+        raise ConfigError(f"The preset {settings.name} names what is not here: {', '.join(absent)}.",
+                          "Copy apl_train/tables/presets/sd15.yaml, write your own paths into the copy, and give it as "
+                          "--preset; docs/evaluate.md says what the folders hold.", field="preset")
 
 
 def from_dict(values: Mapping[str, Any], origin: str) -> EvaluateSettings:

@@ -15,6 +15,7 @@ from apl_train.tables.settings import (
     EvaluateSettings,
     ModelEntry,
     Size,
+    check_there,
     from_dict,
     preset_names,
     read_settings,
@@ -70,6 +71,24 @@ def test_a_preset_that_is_not_there(preset: str, says: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=says):
         read_settings(preset)
+
+
+def test_what_a_preset_names_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset `sd15` as it ships has none of its files: one message names them all, before a model is loaded."""
+    monkeypatch.chdir(tmp_path)
+    check_there(read_settings("miniature"), TABLES)
+    with pytest.raises(ConfigError) as error:
+        command.run("sd15", "table1", None, docs=False, say=pytest.fail)
+    assert "checkpoint models/v1-5-pruned-emaonly.safetensors, persons data/persons." in error.value.message
+    assert "sd15.yaml" in error.value.hint and "docs/evaluate.md" in error.value.hint and not list(tmp_path.iterdir())
+    settings = from_dict({"persons": "people", "newcomers": "new", "s_id": "id", "s_reg": "reg"}, "test")
+    (tmp_path / "people").mkdir()
+    check_there(settings, ["table1", "table2", "fig6"])
+    for tables, absent in ((["fig5"], "newcomers new."), (["table3"], "s_id id, s_reg reg."),
+                           (["fig5", "loss"], "newcomers new, s_id id, s_reg reg.")):
+        with pytest.raises(ConfigError) as error:
+            check_there(settings, tables)
+        assert error.value.message.endswith(absent)
 
 
 def test_only_names_tables_in_the_papers_order() -> None:
