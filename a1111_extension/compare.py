@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +61,11 @@ def picture_html(image: Any, caption: str) -> str:
 
 
 def _render(choice: Choice | None) -> Any:
-    """One picture of the last settings with this choice. Inside an open job, whose choice it takes."""
+    """One picture of the last settings with this choice. Inside an open job, whose choice it takes.
+
+    Raises:
+        ConfigError: the user interrupted it before there was a picture.
+    """
     from modules import processing, shared
 
     p = processing.StableDiffusionProcessingTxt2Img(
@@ -67,6 +73,8 @@ def _render(choice: Choice | None) -> Any:
     p.script_args = ()
     with JOBS.job(choice):
         result = processing.process_images(p)
+    if not result.images:
+        raise ConfigError("The comparison was interrupted.", "Press the button again.", field="images")
     return result.images[getattr(result, "index_of_first_image", 0) or 0]
 
 
@@ -84,8 +92,8 @@ def before_and_after(prefix: str, level: Any) -> str:
         name, steps = name_of(prefix or ""), level_of(level)
         choice = Choice(name, steps, load(name, steps))
         check_model(loaded_model(), choice.prefix)
-        _comparing = True
-        with _queue():
+        with _turn():
+            _comparing = True
             LAST.pair = (_render(None), _render(choice))
     except APLError as error:
         return f"<p class='apl-state apl-bad'>{html.escape(str(error))}</p>"
@@ -95,8 +103,14 @@ def before_and_after(prefix: str, level: Any) -> str:
         LAST.pair[1], f"{name}, {level_label(steps)}") + "</div>"
 
 
-def _queue() -> Any:
-    """The host's lock around generation."""
-    from modules import call_queue
+@contextlib.contextmanager
+def _turn() -> Iterator[None]:
+    """The host's lock around generation, and a job of its own: an earlier one's *Interrupt* holds until one begins."""
+    from modules import call_queue, shared
 
-    return call_queue.queue_lock
+    with call_queue.queue_lock:
+        shared.state.begin(job="apl-compare")
+        try:
+            yield
+        finally:
+            shared.state.end()

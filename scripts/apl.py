@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from modules import scripts, shared
+from modules import paths_internal, scripts, shared
 
 NAME = "apl_anonymization_prompt"
 ROOT = Path(scripts.basedir())  # known only while this file is being loaded
@@ -14,7 +14,8 @@ ROOT = Path(scripts.basedir())  # known only while this file is being loaded
 
 def _policy_wanted() -> bool:
     given = getattr(shared.cmd_opts, "apl_policy", None)
-    return given is not None or "APL_POLICY" in os.environ or Path("apl_policy.json").exists()
+    beside = Path(paths_internal.script_path) / "apl_policy.json"
+    return given is not None or "APL_POLICY" in os.environ or beside.exists()
 
 
 try:

@@ -90,6 +90,13 @@ def test_the_settings_page_decides_where_a_request_says_nothing(server: Server, 
         server.call("/sdapi/v1/options", {"apl_default_enabled": True})
 
 
+def test_a_requests_own_infotext(server: Server, encoded: dict) -> None:
+    """The host reads script arguments out of it: the key chooses, and without the key nothing is switched off."""
+    line = f"{PROMPT}\nSteps: 1, Sampler: Euler, CFG scale: 7, Seed: 7, Size: 64x64"
+    assert seen(server, encoded, infotext=line) == ["on"]
+    assert seen(server, encoded, infotext=f'{line}, APL: "{PREFIX.stem} [00000000], level 400"') == ["step 400"]
+
+
 def axes(server: Server) -> dict[str, int]:
     """The plot's axes: label to the number by which a request names it."""
     status, found = server.call("/sdapi/v1/script-info")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from conftest import make_prefix
 from fake_host import Host, fake_host
 from PIL import Image
+from test_webui_jobs import carries
 
 COMMON = {"label", "value", "visible", "interactive", "elem_id", "elem_classes", "scale"}
 ARGUMENTS = {
@@ -181,6 +183,34 @@ def test_the_counter_follows_the_accordion(host: Host, gradio: Any, ours_first: 
 
 def test_the_pair_needs_a_picture_first(host: Host, gradio: Any) -> None:
     assert "no picture yet" in host.ours("compare").before_and_after("test", None)
+
+
+def test_the_pair_is_drawn_after_an_interrupted_job(host: Host, gradio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's *Interrupt* holds until another job begins; pictures of the comparison are no last pictures."""
+    compare, state, drawn = host.ours("compare"), host.shared.state, []
+    state.begin = lambda job: state.__dict__.update(interrupted=False, job=job)
+    state.end = lambda: state.__dict__.update(job="")
+    monkeypatch.setitem(sys.modules, "modules.call_queue", types.SimpleNamespace(queue_lock=threading.Lock()))
+    monkeypatch.setattr(host.modules["modules"], "call_queue", sys.modules["modules.call_queue"], raising=False)
+
+    def process_images(p: Any) -> Any:
+        host.processing.process_images_inner(p)
+        drawn.append(carries(p.c[0][0], host.prefix.vectors()))
+        made = [] if state.interrupted or len(drawn) > 2 else [Image.new("RGB", (8, 8))]
+        return types.SimpleNamespace(images=made, index_of_first_image=0)
+
+    kind = host.processing.StableDiffusionProcessing
+    monkeypatch.setattr(host.processing, "process_images", process_images, raising=False)
+    monkeypatch.setattr(host.processing, "StableDiffusionProcessingTxt2Img", raising=False,
+                        value=lambda sd_model, do_not_save_samples, do_not_save_grid, **known: kind(**known))
+    monkeypatch.setattr(host.shared, "sd_model", None, raising=False)
+    compare.LAST.settings, state.interrupted = {"prompt": "a man"}, True
+    try:
+        assert compare.before_and_after("test", None).count("<img") == 2
+        assert drawn == [False, True] and state.job == "" and compare.LAST.images == []
+        assert "was interrupted" in compare.before_and_after("test", None)
+    finally:
+        compare.LAST.settings = compare.LAST.pair = None
 
 
 def test_settings_are_made_and_restricted_only_where_enforced(host: Host, gradio: Any) -> None:
