@@ -25,13 +25,20 @@ CHOICES = ("largest", "best", "all")  # those of `apl_core.id_check`, which the 
 class Scores:
     """Similarity of each picture's counted face to the references (NaN without a face), and what was measured by.
 
-    `rejected` are (reference, reason): a reference must show exactly one face.
+    `rejected` are (reference, reason): a reference must show exactly one face. `per_face` are the similarities that
+    count in each picture: of every face where "all" was asked for, else of one.
     """
 
     similarities: tuple[float, ...]
     threshold: float
     recogniser: str
     rejected: tuple[tuple[str, str], ...] = ()
+    per_face: tuple[tuple[float, ...], ...] = ()
+
+    def faces_of(self, index: int) -> tuple[float, ...]:
+        """A picture's similarities, a face each; one NaN for a picture without a face."""
+        found = self.per_face[index] if self.per_face else ()
+        return found or (self.similarities[index],)
 
     @property
     def seen(self) -> list[float]:
@@ -42,6 +49,8 @@ class Scores:
         """JSON: null for a picture without a face, which never counts as anonymized."""
         seen = self.seen
         return {"similarities": [None if math.isnan(value) else round(value, 5) for value in self.similarities],
+                "per_face": [[round(value, 5) for value in self.faces_of(index) if not math.isnan(value)]
+                             for index in range(len(self.similarities))],
                 "mean": round(sum(seen) / len(seen), 5) if seen else None,
                 "max": round(max(seen), 5) if seen else None,
                 "faces": len(seen), "images": len(self.similarities), "threshold": self.threshold,
@@ -109,13 +118,14 @@ def score(images: Sequence[Any], references: Sequence[Any], threshold: float | N
     embedder = _loaded(chosen, folder())
     found = compare(embedder, list(images), list(references), face_choice)
     return Scores(tuple(found.shown(index) for index in range(len(images))),
-                  usual if threshold is None else float(threshold), embedder.name, found.reference.rejected)
+                  usual if threshold is None else float(threshold), embedder.name, found.reference.rejected,
+                  tuple(tuple(float(value) for value in values) for values in found.scores.values))
 
 
 def table(scores: Scores, labels: Sequence[str]) -> str:
-    """HTML: one row a picture, the threshold's line, the means."""
+    """HTML: one row for each face that counts, the threshold's line, the means."""
     rows = []
-    for label, value in zip(labels, scores.similarities, strict=True):
+    for label, value in _lines(scores, labels):
         verdict = "no face" if math.isnan(value) else (
             f"{value:.3f} · " + ("recognised" if value >= scores.threshold else "not recognised"))
         width = 0 if math.isnan(value) else max(0.0, min(1.0, value)) * 100
@@ -129,6 +139,15 @@ def table(scores: Scores, labels: Sequence[str]) -> str:
             f"{found['images']} pictures have a face · threshold {scores.threshold:g} · "
             f"{html.escape(scores.recogniser)}</p>" + "".join(
                 f"<p>{html.escape(f'reference {name} left out: {reason}')}</p>" for name, reason in scores.rejected))
+
+
+def _lines(scores: Scores, labels: Sequence[str]) -> list[tuple[str, float]]:
+    """(label, similarity) of every row; faces are numbered where a picture has several that count."""
+    lines = []
+    for index, label in enumerate(labels):
+        found = scores.faces_of(index)
+        lines += [(label if len(found) == 1 else f"{label}, face {at + 1}", value) for at, value in enumerate(found)]
+    return lines
 
 
 def check(source: str, picture: Any, *references: Any, recogniser: str | None = None,

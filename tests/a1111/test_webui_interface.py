@@ -275,6 +275,26 @@ def test_the_identity_check_scores_with_a_recogniser(host: Host, gradio: Any) ->
     assert "apl-bad" in said and "Choose one of" in said  # only what the page offers, no path
 
 
+def test_every_face_has_its_score(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group picture, with a recogniser that sees what it is told."""
+    from apl_core.faces import Face
+
+    def face(angle: float, edge: float) -> Face:
+        return Face(np.array([0.0, 0.0, edge, edge]), 1.0, np.array([np.cos(angle), np.sin(angle)]))
+
+    seen = {1: [face(0.0, 50)], 2: [face(1.5, 90), face(0.2, 30)], 3: []}
+    embedder = types.SimpleNamespace(name="told", faces_of=lambda images: [seen[int(each[0, 0, 0])] for each in images])
+    identity = host.ours("identity")
+    monkeypatch.setattr(identity, "_loaded", lambda name, root: embedder)
+    one, group, nobody = (np.full((4, 4, 3), number, np.uint8) for number in (1, 2, 3))
+    found = identity.score([group, nobody, one], [one], 0.32, face_choice="all")
+    assert found.as_dict()["per_face"] == [pytest.approx([0.07074, 0.98007], abs=1e-4), [], [1.0]]
+    shown = identity.table(found, ["group", "nobody", "one"])
+    assert "<td>group, face 1</td>" in shown and "<td>group, face 2</td>" in shown and "<td>one</td>" in shown
+    assert shown.count("<tr>") == 4 and shown.count("· recognised") == 2 and shown.count("no face") == 1
+    assert identity.score([group], [one], face_choice="largest").as_dict()["per_face"] == [[pytest.approx(0.07074)]]
+
+
 def test_a_page_that_polls_does_not_hold_up_a_reload(host: Host) -> None:
     class Demo:
         closed, server = 0, types.SimpleNamespace(force_exit=False)
