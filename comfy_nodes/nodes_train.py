@@ -27,8 +27,8 @@ from .training_process import Plan, follow
 
 MINIATURE, NONE = "miniature", "none"
 SHIPPED = (MINIATURE, "miniature-sdxl")
-PRESETS = ("fast", "miniature", "miniature-pseudo", "miniature-sdxl", "null", "paper", "sd15-8gb", "sd15-fast",
-           "sd15-paper", "sd15-pseudo", "sdxl-paper")
+PRESETS = ("fast", "miniature", "miniature-guided", "miniature-pseudo", "miniature-sdxl", "null", "paper", "sd15-8gb",
+           "sd15-fast", "sd15-guided", "sd15-paper", "sd15-pseudo", "sdxl-paper")
 REMOTE = "APL_ALLOW_REMOTE_TRAIN"
 TABLE = "metadata.csv"
 

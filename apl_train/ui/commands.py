@@ -13,8 +13,9 @@ from .runs import read_settings
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 MINIATURE = "miniature"
 ASSETS = PRESETS.parent / "miniworld" / "assets"
-FOR_MINIATURE = ("fast", "miniature", "miniature-pseudo")
-ORDER = ("fast", "miniature", "miniature-pseudo", "sd15-fast", "sd15-8gb", "sd15-pseudo", "sd15-paper", "paper")
+FOR_MINIATURE = ("fast", "miniature", "miniature-guided", "miniature-pseudo")
+ORDER = ("fast", "miniature", "miniature-guided", "miniature-pseudo", "sd15-fast", "sd15-8gb", "sd15-guided",
+         "sd15-pseudo", "sd15-paper", "paper")
 
 
 @dataclass(frozen=True)

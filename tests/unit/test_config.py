@@ -14,6 +14,12 @@ def test_every_preset_is_a_whole_configuration(name: str) -> None:
     assert config.from_dict(made.to_dict()) == made
 
 
+@pytest.mark.parametrize(("name", "plain"), [("miniature-guided", "fast"), ("sd15-guided", "sd15-fast")])
+def test_guided_presets_change_one_setting(name: str, plain: str) -> None:
+    found, without = (config.from_dict(config.preset(n)).to_dict() for n in (name, plain))
+    assert {k: v for k, v in found.items() if v != without[k]} == {"guided_share": 0.5}
+
+
 def test_paper_preset_says_what_the_paper_says() -> None:
     paper = config.from_dict(config.preset("paper"))
     assert (paper.num_tokens, paper.alpha, paper.learning_rate) == (10, 1.0, 1e-3)
