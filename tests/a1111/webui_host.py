@@ -1,7 +1,8 @@
 """Finding a WebUI, starting it on the CPU with the miniature checkpoint, and talking to it over HTTP.
 
 `WEBUI_DIR` names its folder and `WEBUI_PYTHON` its interpreter; without them, ~/.cache/apl-hosts/webui and the .venv in
-it. `FORGE_DIR` and `FORGE_PYTHON` are Forge's; without them, ~/.cache/apl-hosts/forge.
+it. `FORGE_DIR` and `FORGE_PYTHON` are Forge's; without them, ~/.cache/apl-hosts/forge. `APL_START_WAIT` is how many
+seconds a start may take at least, for a busy machine.
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
     Raises:
         RuntimeError: it ended or did not answer in `wait` seconds; the end of its log is in the message.
     """
+    wait = max(wait, float(os.environ.get("APL_START_WAIT", "0")))
     folder = forge_folder() if forge else host_folder()
     if folder is None:
         raise FileNotFoundError("no WebUI")
