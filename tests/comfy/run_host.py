@@ -6,6 +6,7 @@ in the place of a library of which a test pack imports nothing but names.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import runpy
@@ -40,6 +41,10 @@ def fill_in() -> object:
     try:
         import torchvision  # noqa: F401
     except ImportError:
+        with contextlib.suppress(ImportError):
+            from transformers.utils import import_utils
+
+            import_utils.is_torchvision_available()  # it keeps its answer, and would take the stand-in for the library
         for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops"):
             stand_in(name)
     except RuntimeError:
