@@ -66,7 +66,8 @@ class TransferAnonymizationPrompt(io.ComfyNode):
                                 "words are trusted then. Leave it empty for ordinary checkpoints."),
             ],
             outputs=[
-                AnonymizationPromptType.Output("anonymization_prompt", display_name="anonymization prompt",
+                # An id that no input has: ComfyUI 0.3.64 refuses the whole pack otherwise.
+                AnonymizationPromptType.Output("carried", display_name="anonymization prompt",
                                                tooltip="The prefix for Stable Diffusion XL: connect it to Anonymize, "
                                                "or save it."),
                 io.String.Output("report", tooltip="How well held-out tokens were predicted, and which vectors are "

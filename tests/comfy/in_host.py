@@ -212,6 +212,12 @@ def check_every_input_has_a_tooltip_and_a_help_page() -> None:
 # -- off
 
 
+def check_no_output_has_an_inputs_id() -> None:
+    """Older hosts refuse a whole pack for one such node."""
+    for each in pack_schemas():
+        assert not {entry.id for entry in each.inputs} & {entry.id for entry in each.outputs}, each.node_id
+
+
 def check_off_is_the_hosts_own_object() -> None:
     assert NODES["APL_Anonymize"].execute(SD1, AP1, False, "chunk").args[0] is SD1
 
