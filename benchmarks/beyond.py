@@ -57,6 +57,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Row -> what it changes in `plain`."""
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SECOND = "miniature-realistic"
+NAME = "ida rosmont"
+"""A word of the form of a name that belongs to nobody: how people call a person whom they teach to a model."""
 
 
 class Rows:
@@ -129,8 +131,7 @@ class Rows:
 
     def pseudo(self) -> dict[str, Any]:
         """Newcomers whom DreamBooth binds to a new word, drawn off, with `plain`, and with pseudo-identities."""
-        from apl_train.dreambooth import DreamBooth, Teaching, subject
-        from apl_train.tables.newcomers import noun_of, teaching_pictures
+        from apl_train.dreambooth import DreamBooth
         from apl_train.tables.settings import read_settings
 
         folder = self.args.runs / f"identities-{self.args.identities}"
@@ -141,8 +142,20 @@ class Rows:
         share = configs.preset("miniature-pseudo")["pseudo_share"]
         prompts = {"off": None, "plain": self.trained("plain"),
                    "pseudo": self.trained(f"pseudo-{share:g}", pseudo=str(folder), pseudo_share=share)}
-        settings = DreamBooth(**read_settings("miniature").dreambooth)  # those of Fig. 5
         found: dict[str, Any] = {"words": self.likeness_of_words(folder), **figures(self.scores(prompts["pseudo"]))}
+        usual = DreamBooth(**read_settings("miniature").dreambooth)  # those of Fig. 5
+        found["by_word"] = {word: self.taught(dataclasses.replace(usual, token=word), prompts)
+                            for word in (usual.token, NAME)}
+        fall = found["by_word"][usual.token]["fall_pseudo"]
+        _record("beyond-pseudo", fall["value"], [fall["lo"], fall["hi"]], self.args.taught)
+        return found | {"identities": self.args.identities, "taught": self.args.taught,
+                        "taught_steps": self.args.taught_steps}
+
+    def taught(self, settings: Any, prompts: dict[str, AnonymizationPrompt | None]) -> dict[str, Any]:
+        """Newcomers bound to one word: ID-ACC before, taught without a prefix, and with each; how much of it falls."""
+        from apl_train.dreambooth import Teaching, subject
+        from apl_train.tables.newcomers import noun_of, teaching_pictures
+
         newcomers = shipped.locate("newcomers", shipped.MINIATURE)
         people = read_evaluation_set(newcomers)
         persons = people.of_split("test", self.args.taught)
@@ -157,15 +170,11 @@ class Rows:
                     teaching.teach(self.args.taught_steps)
                 of_each[name].append(self.likeness(backend, prompt, f"A close-up portrait of {subject(settings, noun)}",
                                                    gallery.row(person), person.name, 4))
-        for name, scores in of_each.items():
-            found[f"taught_{name}"] = id_scores.cluster_bootstrap(scores).value
+        found: dict[str, Any] = {name: id_scores.cluster_bootstrap(scores).value for name, scores in of_each.items()}
         for name in ("plain", "pseudo"):
             ratio = id_scores.paired_bootstrap(of_each["off"], of_each[name]).ratio
             found[f"fall_{name}"] = {"value": 1 - ratio.value, "lo": 1 - ratio.hi, "hi": 1 - ratio.lo}
-        fall = found["fall_pseudo"]
-        _record("beyond-pseudo", fall["value"], [fall["lo"], fall["hi"]], len(persons))
-        return found | {"identities": self.args.identities, "taught": len(persons),
-                        "taught_steps": self.args.taught_steps}
+        return found
 
     def likeness(self, backend: Any, prompt: AnonymizationPrompt | None, text: str, reference: np.ndarray, who: str,
                  seeds: int) -> id_scores.PersonScores:

@@ -46,13 +46,14 @@ def _strength(found: Mapping[str, Any]) -> list[str]:
 def _pseudo(found: Mapping[str, Any]) -> list[str]:
     lines = [f"{found['taught']} newcomers taught by {found['taught_steps']} steps of DreamBooth; "
              f"{found['identities']} pseudo-identities in S_ID.", "",
-             "| | ID-ACC of the taught word | falls by | 95% interval |", "|---|---|---|---|",
-             f"| before teaching | {_number(found['taught_before'])} | | |",
-             f"| taught, off | {_number(found['taught_off'])} | | |"]
-    for name, label in (("plain", "`fast`, shorter"), ("pseudo", "with pseudo-identities")):
-        fall = found[f"fall_{name}"]
-        lines.append(f"| {label} | {_number(found[f'taught_{name}'])} | {fall['value']:.0%} | "
-                     f"{fall['lo']:.0%} to {fall['hi']:.0%} |")
+             "| bound to | before | taught | `fast`, shorter | falls by | with pseudo-identities | falls by |",
+             "|---|---|---|---|---|---|---|"]
+    for word, row in found["by_word"].items():
+        cells = [_number(row["before"]), _number(row["off"])]
+        for name in ("plain", "pseudo"):
+            fall = row[f"fall_{name}"]
+            cells += [_number(row[name]), f"{fall['value']:.0%} [{fall['lo']:.0%}, {fall['hi']:.0%}]"]
+        lines.append(f"| {word} | " + " | ".join(cells) + " |")
     words = found["words"]
     return [*lines, "", f"Similarity of pictures to the face that a pseudo-identity's word was learned from: "
                         f"{words['word']:.3f}; of its description alone: {words['description']:.3f}."]
