@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from apl_core.errors import APLError, ConfigError, TrainingError
 from apl_train import (
     cli_baselines,
     cli_beyond,
+    cli_errors,
     cli_evaluate,
     cli_make,
     cli_miniworld,
@@ -29,9 +28,6 @@ from apl_train import (
 )
 from apl_train import config as configs
 
-_NO_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory", re.IGNORECASE)
-_UNLOADED = re.compile(r"Failed to import|Could not import module")
-"""How diffusers and transformers say that one of their modules cannot be imported, whatever the reason."""
 COMMANDS = {
     "demo": "train a prefix on the shipped miniature world, score it and write a report to look at",
     "make": "from a checkpoint to an installed prefix: generate, validate, cache, train, score, install",
@@ -319,25 +315,6 @@ def _run_doctor(args: Namespace) -> None:
     _tell(args, found, text)
 
 
-def _refused(error: APLError) -> int:
-    """Tells an error and its way out; returns the exit code."""
-    sys.stderr.write(f"error: {error.message}\n")
-    if error.hint:
-        sys.stderr.write(f"       {error.hint}\n")
-    return error.exit_code
-
-
-def _misfit() -> int:
-    """Tells which package keeps the libraries from being imported; 0 where it is none of the known ones."""
-    from apl_train.doctor import misfits
-
-    found = list(misfits().values())
-    if not found:
-        return 0
-    message, _, way_out = found[0].partition("  ->  ")
-    return _refused(ConfigError(f"{message}.", f"{way_out}. `apl doctor` tells the same."))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -350,20 +327,10 @@ def main(argv: list[str] | None = None) -> int:
         args = top.parse_args(argv)
         chosen = args[args.command]
         return globals()[f"_run_{args.command}"](chosen) or 0
-    except APLError as error:
-        return _refused(error)
-    except (ImportError, ModuleNotFoundError) as error:
-        missing = ConfigError(f"{error.name or error} is not installed.",
-                              "Install what this command needs: pip install '.[demo]' in the checkout")
-        return _misfit() or _refused(missing)
-    except (MemoryError, RuntimeError) as error:  # CUDA's, Apple's and the CPU's own are all RuntimeErrors
-        if _UNLOADED.search(str(error)) and (code := _misfit()):
-            return code
-        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
-            raise
-        sys.stderr.write("error: The memory of this device ran out.\n       Use the preset sd15-8gb or a smaller "
-                         "batch_size, and close other programs. What was saved is kept: the same command, or "
-                         "`apl resume`, goes on.\n")
-        return TrainingError.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        code = cli_errors.told(error)
+        if code is None:
+            raise
+        return code
