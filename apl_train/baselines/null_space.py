@@ -38,7 +38,7 @@ def free_directions(retained: Tensor, fixed: Tensor, energy: float) -> Tensor:
     values, vectors = torch.linalg.eigh(retained.double())  # ascending
     values = values.clamp(min=0)
     total = values.sum()
-    share = values.cumsum(0) / total if total > 0 else torch.zeros_like(values)
+    share = (values.cumsum(0) / total).clamp(max=1) if total > 0 else torch.zeros_like(values)  # rounding passes 1
     # without anything retained all directions are free
     free = vectors[:, share <= energy] if total > 0 else vectors
     if not len(fixed) or not free.shape[1]:
