@@ -135,7 +135,12 @@ def test_toggle_generate_infotext_paste(page: Any, server: Server) -> None:
     page.fill("#txt2img_prompt textarea", "a photo of a man in a hat")
     expect_text(page, "#txt2img_token_counter", "8/65")
 
-    # Before and after of the same seed, side by side.
+    # Before and after of the same seed, side by side; the documents show a person by name.
+    if not server.is_forge:
+        page.fill("#txt2img_prompt textarea", "a close-up portrait of ida valbury")
+        number(page, "txt2img_steps", 20)
+        number(page, "txt2img_cfg_scale", 3)
+        generate(page)
     page.click("#apl_txt2img_both")
     page.wait_for_selector("#apl_txt2img_pair img >> nth=1")
     page.wait_for_timeout(500)

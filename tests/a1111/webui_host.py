@@ -191,7 +191,7 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
                             "OMP_NUM_THREADS": "1", "APL_PROBE": str(work / "probe")} | (environ or {}))
         server = Server(f"http://127.0.0.1:{port}", folder, work / "probe", log, process, auth, forge)
         try:
-            _wait(server, wait)
+            _wait(server, wait, ui=ui)
             yield server
         finally:
             process.terminate()
@@ -204,12 +204,17 @@ def running(*arguments: str, environ: dict[str, str] | None = None, probe: bool 
                 link.unlink(missing_ok=True)
 
 
-def _wait(server: Server, seconds: float) -> None:
+def _wait(server: Server, seconds: float, *, ui: bool) -> None:
+    """With a page, nothing is asked before the host says that it has started: A1111 adds its API to an application that
+    serves already, and dies of a request that comes first."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         code = server.process.poll()
         if code is not None:
             raise RuntimeError(f"the host ended with {code}:\n{tail(server.log)}")
+        if ui and b"Startup time" not in server.log.read_bytes():
+            time.sleep(1)
+            continue
         with contextlib.suppress(OSError):
             status, found = server.call("/sdapi/v1/options", timeout=5)
             if status == 200 and found:
