@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.launched import launched
 
 pytest.importorskip("diffusers")
 pytest.importorskip("insightface")
@@ -42,14 +41,7 @@ def evaluate(folder: Path, processes: int) -> tuple[dict[str, Any], str]:
     folder.mkdir()
     (folder / "two.yaml").write_text(PRESET, "utf-8")
     (folder / "command.py").write_text(COMMAND, "utf-8")
-    start = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
-                 port]
+    start = launched(processes)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
            "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*start, "command.py", "evaluate", "--preset", "two.yaml", "--only", "table1", "--run", "run",

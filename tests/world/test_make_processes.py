@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.launched import launched
 
 from apl_core.prefix import load_prefix
 from apl_train.cast import read_cast, table_of, write_cast
@@ -31,14 +30,7 @@ def make(folder: Path, people: Path, processes: int) -> tuple[Path, dict[str, An
     argv = ["make", "--run", str(run), "--checkpoint", "miniature", "--people", str(people), "--persons", "", "--each",
             "2", "--neutral", "4", "--draw_steps", "2", "--steps", "2", "--score_persons", "2", "--score_seeds", "1",
             "--previews", "0", "--name", "mine", "--embeddings", str(folder / "prefixes"), "--json"]
-    start = [sys.executable, "-m", "apl_train"]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
-                 port, "-m", "apl_train"]
+    start = [*launched(processes), "-m", "apl_train"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
            "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*start, *argv], capture_output=True, text=True, timeout=3000, env=env, cwd=folder,
