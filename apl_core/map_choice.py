@@ -7,19 +7,33 @@ the best, sums and differences of two held-out tokens decide between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .relative_maps import METHODS, POWERS, RHOS, Moments, Spectra, Together, masked, powered, unit
+from .relative_maps import (
+    METHODS,
+    POWERS,
+    RHOS,
+    SMALLEST,
+    Moments,
+    Spectra,
+    Together,
+    masked,
+    powered,
+    sides_inverted,
+    unit,
+)
+from .token_tables import TokenTable
 
 ANCHORS = 16384
 """Anchors that folds are made of at most: a random part of them tells maps apart as well as all of them."""
 SAMPLE = 256
 """Held-out tokens of a fold that a map is judged on; all candidates see the same ones."""
 MASKED_SAMPLE = 8
+_ROWS = 1024
 PAPER_TOPK = 8192
 """Entries of a relative code that PTfer's README keeps."""
 
@@ -59,23 +73,34 @@ class Judged:
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What a table needs beside a map: the mean taken off its rows ([width]; zeros where raw) and their median norm."""
+    """What a table needs beside a map.
+
+    Attributes:
+        mean: [width], taken off its rows; zeros where raw.
+        lengths: [vocabulary], the rows' norms after that. median: the anchors'.
+    """
 
     mean: Tensor
+    lengths: Tensor
     median: float
 
     @classmethod
-    def of(cls, rows: Tensor, weights: Tensor, centred: bool) -> Side:
-        """Of the anchors' rows [k, width]."""
-        mean = (weights @ rows) / weights.sum() if centred else torch.zeros(rows.shape[1])
-        return cls(mean, float((rows - mean if centred else rows).norm(dim=1).median()))
+    def of(cls, table: TokenTable, ids: Tensor, weights: Tensor, centred: bool) -> Side:
+        """Of a table, its anchors [k] and their weights [k]."""
+        if not centred:
+            return cls(torch.zeros(table.width), table.lengths, float(table.lengths[ids].median()))
+        # all of a table goes through faster in its order than most of it gathered
+        share = torch.zeros(table.vocabulary).index_add_(0, ids, weights)
+        mean = (share @ table.vectors) / weights.sum()
+        lengths = torch.cat([(rows - mean).norm(dim=1) for rows in table.vectors.split(_ROWS)])
+        return cls(mean, lengths, float(lengths[ids].median()))
 
 
 class HoldOut:
     """Folds of the anchors, or of a random part of many, for one centring.
 
     Args:
-        source, target: float32 tables. ids: int64 [k], the anchors; weights: float32 [k].
+        source, target: the tables. ids: int64 [k], the anchors; weights: float32 [k].
         folds: how many parts; seed: of their drawing.
 
     Attributes:
@@ -83,25 +108,44 @@ class HoldOut:
         sides: source's and target's mean and median norm, of all anchors.
     """
 
-    def __init__(self, source: Tensor, target: Tensor, ids: Tensor, weights: Tensor, centred: bool, *,
+    def __init__(self, source: TokenTable, target: TokenTable, ids: Tensor, weights: Tensor, centred: bool, *,
                  folds: int = 5, seed: int = 0) -> None:
-        self.source, self.target, self.centred = source, target, centred
-        self.sides = (Side.of(source[ids], weights, centred), Side.of(target[ids], weights, centred))
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:ANCHORS]
+        self.source, self.target, self.centred = source.vectors, target.vectors, centred
+        self.sides = (Side.of(source, ids, weights, centred), Side.of(target, ids, weights, centred))
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+        self._others = [each[order[ANCHORS:].sort().values] for each in (ids, weights)]
+        order = order[:ANCHORS]
         self.ids, self.weights = ids[order], weights[order]
         self.parts = list(torch.arange(len(order)).chunk(folds))
-        self._moments = [Moments(source, target, self.ids[part], self.weights[part], self.means, torch.float32)
-                         for part in self.parts]
+        self._moments = [Moments(self.source, self.target, self.ids[part], self.weights[part], self.means,
+                                 torch.float32) for part in self.parts]
+        self._spectra: dict[int, Spectra] = {}
 
     @property
     def means(self) -> tuple[Tensor, Tensor] | None:
         """What is taken off rows before they are compared; None where nothing is."""
         return (self.sides[0].mean, self.sides[1].mean) if self.centred else None
 
+    def add_up(self, *names: str) -> None:
+        """Find these moments of all folds, each in one pass (`Moments.add_up`)."""
+        for each in self._moments:
+            each.add_up(*names)
+
     def without(self, fold: int) -> Spectra:
-        """Those of all folds but one, in float32: enough to tell maps apart."""
-        rest = [each for i, each in enumerate(self._moments) if i != fold]
-        return Spectra(Together(rest), torch.float32)
+        """Those of all folds but one, in float32: enough to tell maps apart. Found once."""
+        if fold not in self._spectra:
+            rest = [each for i, each in enumerate(self._moments) if i != fold]
+            self._spectra[fold] = Spectra(Together(rest, torch.float32), torch.float32)
+        return self._spectra[fold]
+
+    def whole(self, *names: str) -> Spectra:
+        """Those of all anchors, in float64: of the folds, and of the others that are in none.
+
+        names: the moments to find in one pass; any other is found when it is asked for.
+        """
+        others = Moments(self.source, self.target, *self._others, self.means, torch.float64)
+        others.add_up(*names)
+        return Spectra(Together([others, *self._moments], torch.float64), torch.float64)
 
     def sample(self, fold: int, size: int = SAMPLE) -> Tensor:
         """Places [n] in `ids` of a fold's tokens to judge by."""
@@ -113,35 +157,66 @@ def directions_to_vectors(moved: Tensor, lengths: Tensor, mean: Tensor, scale: f
 
     lengths: [n], norms in the source after its mean was taken off; scale: target's median norm / source's.
     """
-    return mean + unit(moved) * (lengths * scale)[:, None]
+    factors = lengths * scale / moved.norm(dim=-1).clamp(min=SMALLEST)
+    return torch.addcmul(mean, moved, factors[:, None])
 
 
 class _Sample:
-    """A fold's held-out tokens and pairs of them, ready to be judged in any basis of the target."""
+    """A fold's held-out tokens and pairs of them, ready to be judged in any basis of the target.
 
-    def __init__(self, hold: HoldOut, fold: int, basis: Tensor) -> None:
+    Rows are the tokens' and their mean's, and those of sums and differences of two; what no candidate changes of them
+    is found once.
+    """
+
+    def __init__(self, hold: HoldOut, fold: int, basis: Tensor | None) -> None:
         places = hold.sample(fold)
         self.weights = hold.weights[places]
         a, b = hold.sides
-        self.x = hold.source[hold.ids[places]] - a.mean
-        self.truth = hold.target[hold.ids[places]] @ basis
-        self.scale = b.median / max(a.median, 1e-30)
-        self.mean, self.offset = b.mean @ basis, a.mean
-        half = len(places) // 2
-        self.first, self.second = slice(0, half), slice(half, 2 * half)
+        tokens = hold.source[hold.ids[places]] - a.mean
+        self.x = torch.cat([tokens, a.mean[None]])
+        self.count, self.half = len(places), len(places) // 2
+        self.lengths = self._with_pairs(self.x).norm(dim=1) * (b.median / max(a.median, SMALLEST))
+        rows = torch.cat([hold.target[hold.ids[places]], torch.zeros(1, hold.target.shape[1])])
+        truth = unit(self._with_pairs(rows))
+        self.truth, self.mean = (truth, b.mean) if basis is None else (truth @ basis, b.mean @ basis)
 
-    def judge(self, moved: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """(cosines [n] of tokens, cosines [n'] of pairs); moved: W x [n, dt], offset: W mean [dt]."""
-        found = directions_to_vectors(moved, self.x.norm(dim=1), self.mean, self.scale)
-        tokens = (unit(found) * unit(self.truth)).sum(1)
-        pairs = []
-        for sign in (1.0, -1.0):
-            # v1 + v2 less the mean is x1 + x2 + mean; v1 - v2 less the mean is x1 - x2 - mean
-            x = self.x[self.first] + sign * (self.x[self.second] + self.offset)
-            y = moved[self.first] + sign * (moved[self.second] + offset)
-            truth = self.truth[self.first] + sign * self.truth[self.second]
-            pairs.append((unit(directions_to_vectors(y, x.norm(dim=1), self.mean, self.scale)) * unit(truth)).sum(1))
-        return tokens, torch.cat(pairs)
+    def _with_pairs(self, rows: Tensor) -> Tensor:
+        """[n + 1, width], the mean's last -> [n + 2 (n // 2), width]: tokens, sums, differences."""
+        tokens, offset = rows[:-1], rows[-1]
+        first, second = tokens[: self.half], tokens[self.half : 2 * self.half] + offset
+        # v1 + v2 less the mean is x1 + x2 + mean; v1 - v2 less the mean is x1 - x2 - mean
+        return torch.cat([tokens, first + second, first - second])
+
+    def judge(self, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """(cosines [n] of tokens, cosines [n'] of pairs) of W x, [n + 1, dt]."""
+        found = directions_to_vectors(self._with_pairs(moved), self.lengths, self.mean, 1.0)
+        cosines = (found * self.truth).sum(1) / found.norm(dim=1).clamp(min=SMALLEST)
+        return cosines[: self.count], cosines[self.count :]
+
+
+def _moves(spectra: Spectra, methods: Sequence[str], x: Tensor) -> Callable[[Candidate], Tensor]:
+    """W x [n, dt] of x [n, ds] by candidate; what several share is found once.
+
+    In the target's basis of eigenvectors where one of the methods takes it: cosines are the same in every basis.
+    """
+    sides = sides_inverted(methods)
+    basis = spectra.target[1] if "target" in sides else None
+    inside, cross = x, spectra.cross
+    if "source" in sides:
+        inside, cross = x @ spectra.source[1], cross @ spectra.source[1]
+    if basis is not None:
+        cross = basis.T @ cross
+    plain = inside @ cross.T
+
+    def moved(each: Candidate) -> Tensor:
+        if each.method == "procrustes":
+            turned = x @ spectra.polar.T
+            return turned if basis is None else turned @ basis
+        p, q = POWERS[each.method]
+        found = (inside * powered(spectra.source[0], each.rho, q)) @ cross.T if q else plain
+        return found * powered(spectra.target[0], each.rho, p) if p else found
+
+    return moved
 
 
 def judge(hold: HoldOut, methods: Sequence[str], rhos: Sequence[float]) -> list[Judged]:
@@ -151,26 +226,15 @@ def judge(hold: HoldOut, methods: Sequence[str], rhos: Sequence[float]) -> list[
     tokens: dict[Candidate, list[Tensor]] = {each: [] for each in wanted}
     pairs: dict[Candidate, list[Tensor]] = {each: [] for each in wanted}
     weights = []
+    sides = sides_inverted(methods)
+    hold.add_up("cross", *sides)
     for fold in range(len(hold.parts)):
         spectra = hold.without(fold)
-        turned = any(m in ("ptfer", "half") for m in methods)
-        basis = spectra.target[1] if turned else torch.eye(hold.target.shape[1])
-        sample = _Sample(hold, fold, basis)
+        sample = _Sample(hold, fold, spectra.target[1] if "target" in sides else None)
+        moved = _moves(spectra, methods, sample.x)
         weights.append(sample.weights)
-        x = torch.cat([sample.x, sample.offset[None]])
-        cross = (spectra.rotated if turned else spectra.cross @ spectra.source[1]).T
-        in_source = x @ spectra.source[1]
-        plain = in_source @ cross
         for each in wanted:
-            if each.method == "procrustes":
-                moved = x @ (basis.T @ spectra.map("procrustes", 0)).T
-            elif each.method in ("ridge", "half"):
-                moved = (in_source * powered(spectra.source[0], each.rho, POWERS[each.method][1])) @ cross
-            else:
-                moved = plain
-            if p := POWERS.get(each.method, (0, 0))[0]:
-                moved = moved * powered(spectra.target[0], each.rho, p)
-            one, two = sample.judge(moved[:-1], moved[-1])
+            one, two = sample.judge(moved(each))
             tokens[each].append(one)
             pairs[each].append(two)
     share = torch.cat(weights)
@@ -203,7 +267,7 @@ def mask_helps(hold: HoldOut, rho: float, topk: int) -> tuple[float, float]:
         truth = hold.target[hold.ids[held]]
         moved = x @ hold.without(fold).map("ptfer", rho).T
         for y, into in ((moved, without), (masked(*rows, hold.weights[keep], x, topk, rho), with_mask)):
-            found = directions_to_vectors(y, x.norm(dim=1), b.mean, b.median / max(a.median, 1e-30))
+            found = directions_to_vectors(y, x.norm(dim=1), b.mean, b.median / max(a.median, SMALLEST))
             into.append((unit(found) * unit(truth)).sum(1))
     return float(torch.cat(without).mean()), float(torch.cat(with_mask).mean())
 

@@ -22,22 +22,26 @@ from .errors import ConfigError
 POWERS = {"ptfer": (1.0, 0.0), "ridge": (0.0, 1.0), "half": (0.5, 0.5), "none": (0.0, 0.0)}
 METHODS = ("ridge", "half", "ptfer", "procrustes", "none")
 RHOS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_ROWS = 8192
-_COLUMNS = 320
-_SMALLEST = 1e-30
+_ROWS = 4096
+"""Rows in a product: of these few, memory that was freed is used again, and only that much of it is needed."""
+_COLUMNS = 256
+SMALLEST = 1e-30
+_SIDES = {"source": (0, 0), "target": (1, 1), "cross": (1, 0)}
+"""Tables that a product of moments is of: source 0, target 1."""
+_SPREAD = 1e-12
+"""Least over largest eigenvalue of C'C, in float64, above which its eigenvectors are good to 1e-3 or better; there the
+products of float32 that C is made of leave no direction of C that small known to more than a tenth."""
 
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1; rows of zeros stay."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST)
-
-
-def _centred_unit(table: Tensor, ids: Tensor, mean: Tensor | None) -> Tensor:
-    return unit(table[ids] if mean is None else table[ids] - mean)
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
 
 
 class Moments:
     """Weighted second moments of anchors' unit rows; each is found when it is asked for, since few maps need all three.
+
+    To gather the rows and make them unit ones takes about as long as a product does: `add_up` finds several in a pass.
 
     Args:
         source, target: float32 [vocabulary, ds] and [vocabulary, dt].
@@ -50,57 +54,81 @@ class Moments:
                  means: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> None:
         self._tables, self._means, self._dtype = (source, target), means or (None, None), dtype
         self._parts = list(zip(ids.split(_ROWS), weights.split(_ROWS), strict=True))
+        self._found: dict[str, Tensor] = {}
 
-    def _gram(self, side: int) -> Tensor:
-        table, width = self._tables[side], self._tables[side].shape[1]
-        found = torch.zeros(width, width, dtype=self._dtype)
-        for ids, weights in self._parts:
-            rows = _centred_unit(table, ids, self._means[side]) * weights.sqrt()[:, None]
-            for start in range(0, width, _COLUMNS):  # the upper triangle alone: half of the multiplications
-                stop = min(start + _COLUMNS, width)
-                found[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
-        return found.triu() + found.triu(1).T
+    def add_up(self, *names: str) -> None:
+        """Find those of "source", "target" and "cross" that are still unknown, in one pass over the rows."""
+        new = {name: torch.zeros([self._tables[side].shape[1] for side in _SIDES[name]], dtype=self._dtype)
+               for name in names if name not in self._found}
+        needed = {side for name in new for side in _SIDES[name]}
+        for ids, weights in self._parts if new else ():
+            rows = {side: self._scaled(side, ids, weights) for side in needed}
+            for name, total in new.items():
+                one, two = (rows[side] for side in _SIDES[name])
+                if name == "cross":
+                    total += one.T @ two
+                    continue
+                for start in range(0, len(total), _COLUMNS):  # the upper triangle alone: half of the multiplications
+                    stop = min(start + _COLUMNS, len(total))
+                    total[start:stop, start:] += one[:, start:stop].T @ two[:, start:]
+        for name, total in new.items():
+            self._found[name] = total if name == "cross" else total.triu() + total.triu(1).T
 
-    @cached_property
+    def _scaled(self, side: int, ids: Tensor, weights: Tensor) -> Tensor:
+        """Unit rows times the root of their weights, [n, width]: a product of two has the weight once."""
+        rows, mean = self._tables[side][ids], self._means[side]
+        if mean is not None:
+            rows -= mean
+        rows *= (weights.sqrt() / rows.norm(dim=1).clamp(min=SMALLEST))[:, None]
+        return rows
+
+    def _one(self, name: str) -> Tensor:
+        self.add_up(name)
+        return self._found[name]
+
+    @property
     def source(self) -> Tensor:
         """A^'WA^, [ds, ds]."""
-        return self._gram(0)
+        return self._one("source")
 
-    @cached_property
+    @property
     def target(self) -> Tensor:
         """B^'WB^, [dt, dt]."""
-        return self._gram(1)
+        return self._one("target")
 
-    @cached_property
+    @property
     def cross(self) -> Tensor:
         """B^'WA^, [dt, ds]."""
-        found = torch.zeros(self._tables[1].shape[1], self._tables[0].shape[1], dtype=self._dtype)
-        for ids, weights in self._parts:
-            a, b = (_centred_unit(t, ids, m) for t, m in zip(self._tables, self._means, strict=True))
-            found += (b * weights[:, None]).T @ a
-        return found
+        return self._one("cross")
 
 
 class Together:
-    """Moments of several sets of anchors as of one."""
+    """Moments of several sets of anchors as of one, added up in `dtype`."""
 
-    def __init__(self, parts: Sequence[Moments]) -> None:
-        self._parts = list(parts)
+    def __init__(self, parts: Sequence[Moments], dtype: torch.dtype) -> None:
+        self._parts, self._dtype = list(parts), dtype
+
+    def _sum(self, name: str) -> Tensor:
+        first, *others = (getattr(each, name) for each in self._parts)
+        total = first.to(self._dtype, copy=True)
+        for each in others:
+            total += each
+        return total
 
     @property
     def source(self) -> Tensor:
         """As `Moments.source`."""
-        return sum(each.source for each in self._parts)
+        return self._sum("source")
 
     @property
     def target(self) -> Tensor:
         """As `Moments.target`."""
-        return sum(each.target for each in self._parts)
+        return self._sum("target")
 
     @property
     def cross(self) -> Tensor:
         """As `Moments.cross`."""
-        return sum(each.cross for each in self._parts)
+        return self._sum("cross")
 
 
 class Spectra:
@@ -132,9 +160,20 @@ class Spectra:
         return values.clamp(min=0), basis
 
     @cached_property
-    def rotated(self) -> Tensor:
-        """The cross moments [dt, ds] between both bases of eigenvectors."""
-        return self.target[1].T @ self.cross @ self.source[1]
+    def polar(self) -> Tensor:
+        """The nearest map to the cross moments that turns only: the product of their singular vectors, [dt, ds].
+
+        By eigenvectors of the smaller of C'C and CC', which take half of the time that singular vectors do.
+        """
+        wide = self.cross.shape[0] < self.cross.shape[1]
+        tall = (self.cross.T if wide else self.cross).double()
+        values, basis = torch.linalg.eigh(tall.T @ tall)
+        if float(values[0]) > _SPREAD * float(values[-1]):
+            found = tall.to(self._dtype) @ ((basis * values.rsqrt()) @ basis.T).to(self._dtype)
+        else:
+            left, _, right = torch.linalg.svd(tall.to(self._dtype), full_matrices=False)
+            found = left @ right
+        return found.T if wide else found
 
     def map(self, method: str, rho: float) -> Tensor:
         """W [dt, ds] with u = W v^, up to a positive factor.
@@ -143,8 +182,7 @@ class Spectra:
             ConfigError: the method is unknown.
         """
         if method == "procrustes":
-            left, _, right = torch.linalg.svd(self.cross, full_matrices=False)
-            return left @ right
+            return self.polar
         if method not in POWERS:
             raise ConfigError(f"method is {method!r}.", f"Use one of: auto, {', '.join(METHODS)}.", field="method")
         p, q = POWERS[method]
@@ -167,11 +205,17 @@ class Spectra:
         return found
 
 
+def sides_inverted(methods: Sequence[str]) -> tuple[str, ...]:
+    """Whose Gram matrices some of the methods take a power of: "source", "target", both or none."""
+    powers = [POWERS.get(method, (0.0, 0.0)) for method in methods]
+    return tuple(name for side, name in ((1, "source"), (0, "target")) if any(each[side] for each in powers))
+
+
 def powered(values: Tensor, rho: float, power: float) -> Tensor:
     """(values + lam)^-power of a Gram matrix's eigenvalues, lam = rho * their mean."""
     if not power:
         return torch.ones_like(values)
-    return (values + rho * values.mean()).clamp(min=_SMALLEST) ** -power
+    return (values + rho * values.mean()).clamp(min=SMALLEST) ** -power
 
 
 def masked(source: Tensor, target: Tensor, weights: Tensor, vectors: Tensor, topk: int, rho: float) -> Tensor:
@@ -190,6 +234,6 @@ def masked(source: Tensor, target: Tensor, weights: Tensor, vectors: Tensor, top
         rows = code.topk(min(topk, len(code))).indices
         b, w = target[rows], weights[rows][:, None]
         gram = b.T @ (b * w)
-        gram.diagonal().add_(max(rho * float(gram.trace()) / len(gram), _SMALLEST))
+        gram.diagonal().add_(max(rho * float(gram.trace()) / len(gram), SMALLEST))
         found.append(torch.linalg.solve(gram, b.T @ (w[:, 0] * code[rows])))
     return torch.stack(found)

@@ -16,7 +16,7 @@ from .errors import ConfigError, ModelError
 from .map_choice import PAPER_TOPK, Candidate, HoldOut, Judged, best_of, considered, directions_to_vectors, judge
 from .map_choice import mask_helps as _mask_helps
 from .placement import BOS
-from .relative_maps import METHODS, Moments, Spectra, masked, unit
+from .relative_maps import METHODS, SMALLEST, masked, sides_inverted, unit
 from .token_tables import TokenTable, check_same_vocabulary
 
 BYTE_TOKENS = 512
@@ -106,7 +106,7 @@ def anchors(source: TokenTable, target: TokenTable, weights: Tensor | None = Non
     if source.vocabulary >= BOS:  # CLIP's own vocabulary
         keep[:BYTE_TOKENS] = False
         keep[BOS:] = False
-    norms = [table.vectors.norm(dim=1) for table in (source, target)]
+    norms = [table.lengths for table in (source, target)]
     for each in norms:
         keep &= each > 0
     inside = keep.clone()
@@ -185,7 +185,7 @@ class TableMap:
     @property
     def scale(self) -> float:
         """Target's median norm / source's."""
-        return self.hold.sides[1].median / max(self.hold.sides[0].median, 1e-30)
+        return self.hold.sides[1].median / max(self.hold.sides[0].median, SMALLEST)
 
     def without(self, fold: int) -> Tensor:
         """W [dt, ds] fitted without a fold's anchors (and without a mask), for judging it by them."""
@@ -219,7 +219,7 @@ def fit(source: TokenTable, target: TokenTable, settings: TransferSettings | Non
     first = methods[:1]
     holds, judged = {}, []
     for centred in ((False, True) if s.centred is None else (s.centred,)):
-        holds[centred] = HoldOut(source.vectors, target.vectors, ids, weights, centred, folds=s.folds, seed=s.seed)
+        holds[centred] = HoldOut(source, target, ids, weights, centred, folds=s.folds, seed=s.seed)
         judged += judge(holds[centred], first, rhos)
     if methods[1:]:
         judged += judge(holds[best_of(judged).candidate.centred], methods[1:], rhos)
@@ -231,9 +231,9 @@ def fit(source: TokenTable, target: TokenTable, settings: TransferSettings | Non
         if asked < len(ids):
             scores = _mask_helps(hold, chosen.rho, asked)
             topk = asked if s.topk or scores[1] > scores[0] else 0
-    spectra = Spectra(Moments(source.vectors, target.vectors, ids, weights, hold.means))
+    spectra = hold.whole("cross", *sides_inverted([chosen.method]))
     candidate = Candidate(chosen.method, chosen.rho, chosen.centred, topk)
-    ceiling = _percentiles((target.vectors[ids] - hold.sides[1].mean).norm(dim=1), (CEILING,))[0]
+    ceiling = _percentiles(hold.sides[1].lengths[ids], (CEILING,))[0]
     return TableMap(source, target, ids, weights, hold, candidate, tuple(judged),
                     spectra.map(chosen.method, chosen.rho).float(), spectra.damping(chosen.method, chosen.rho), ceiling,
                     s.clip_norms, scores)
