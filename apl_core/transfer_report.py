@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .relative_maps import unit
+from .relative_maps import SMALLEST, unit
 from .table_map import TableMap
 from .token_tables import TokenTable
 
@@ -121,12 +121,24 @@ class TransferReport:
         return "\n".join([*lines, *(f"WARNING {text}" for text in self.warnings)])
 
 
-def nearest(table: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(cosines, ids), each [n, count], of the rows of `table` most alike each vector, the most alike first."""
-    wanted = unit(vectors)
-    cosines = torch.cat([wanted @ unit(table[start : start + _ROWS]).T for start in range(0, len(table), _ROWS)], dim=1)
+def nearest(table: Tensor, vectors: Tensor, count: int, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(cosines, ids), each [n, count], of the rows of `table` most alike each vector, the most alike first.
+
+    lengths: the rows' norms, where they are known.
+    """
+    wanted, lengths = unit(vectors), table.norm(dim=1) if lengths is None else lengths
+    cosines = torch.cat([_alike(wanted, *part) for part in zip(table.split(_ROWS), lengths.split(_ROWS), strict=True)],
+                        dim=1)
     best = cosines.topk(min(count, cosines.shape[1]), dim=1)
     return best.values, best.indices
+
+
+def _alike(wanted: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+    """Cosines [n, k] of unit vectors [n, width] with rows [k, width] of these norms.
+
+    The products are divided, not the rows before them: those are far more numbers.
+    """
+    return (wanted @ rows.T).div_(lengths.clamp(min=SMALLEST))
 
 
 class Manifold:
@@ -137,17 +149,20 @@ class Manifold:
     """
 
     def __init__(self, table: TokenTable, ids: Tensor) -> None:
-        self.table = table.vectors
-        rows = self.table[ids]
-        self.norms = rows.norm(dim=1).sort().values
-        spread = unit(rows[torch.linspace(0, len(rows) - 1, min(len(rows), SPREAD)).long()])
+        self.table = table
+        self.norms = table.lengths[ids].sort().values
+        spread = unit(table.vectors[ids[torch.linspace(0, len(ids) - 1, min(len(ids), SPREAD)).long()]])
         values, basis = torch.linalg.eigh((spread.T @ spread).double())
         outside = values.clamp(min=0).cumsum(0) <= (1 - ENERGY) * values.clamp(min=0).sum()
         self.outside = basis[:, outside].float()
-        some = ids[torch.linspace(0, len(ids) - 1, min(len(ids), SAMPLE)).long()]
+        some = table.vectors[ids[torch.linspace(0, len(ids) - 1, min(len(ids), SAMPLE)).long()]]
         # a token's own row is always nearest: the second one tells how near others stand
-        self.least_likeness = float(torch.quantile(nearest(self.table, self.table[some], 2)[0][:, 1], 0.01))
-        self.most_residual = float(torch.quantile(self.residuals(self.table[some]), 0.99))
+        self.least_likeness = float(torch.quantile(self.nearest(some, 2)[0][:, 1], 0.01))
+        self.most_residual = float(torch.quantile(self.residuals(some), 0.99))
+
+    def nearest(self, vectors: Tensor, count: int = NEAREST) -> tuple[Tensor, Tensor]:
+        """(cosines, ids), each [n, count], of the tokens most alike each vector."""
+        return nearest(self.table.vectors, vectors, count, self.table.lengths)
 
     def residuals(self, vectors: Tensor) -> Tensor:
         """Length of unit vectors' part outside the anchors' span, [n]."""
@@ -183,8 +198,8 @@ def describe(key: str, manifold: Manifold, vectors: Tensor, carried: Tensor, fac
         facts: what the file records.
         mapped: the map; None where the tensor was copied.
     """
-    likeness, ids = nearest(manifold.table, vectors, NEAREST)
-    into = nearest(mapped.target.vectors, carried, NEAREST) if mapped else (likeness, ids)
+    likeness, ids = manifold.nearest(vectors)
+    into = (nearest(mapped.target.vectors, carried, NEAREST, mapped.target.lengths) if mapped else (likeness, ids))
     norms, percentiles, residuals = vectors.norm(dim=1), manifold.percentiles(vectors), manifold.residuals(vectors)
     reports = tuple(VectorReport(
         i, round(float(percentiles[i]), 2), round(float(residuals[i]), 4), round(float(likeness[i, 0]), 4),
@@ -221,7 +236,7 @@ def _held_out(mapped: TableMap) -> tuple[tuple[dict[str, Any], ...], dict[str, f
     x, truth = mapped.source.vectors[ids], mapped.target.vectors[ids]
     found = mapped.carry(x, matrix)
     cosines = (unit(found) * unit(truth)).sum(1)
-    ranks = _ranks(mapped.target.vectors, found, cosines, ids)
+    ranks = _ranks(mapped.target, found, cosines, ids)
     weights = hold.weights[places]
     # ids of CLIP's vocabulary are in the order of its merges, which is that of frequency
     order = (-weights).argsort(stable=True) if bool((weights != weights[0]).any()) else ids.argsort()
@@ -243,12 +258,12 @@ def _held_out(mapped: TableMap) -> tuple[tuple[dict[str, Any], ...], dict[str, f
     return tuple(bands), {name: round(value, 6) for name, value in holdout.items()}, stress
 
 
-def _ranks(table: Tensor, found: Tensor, cosines: Tensor, ids: Tensor) -> Tensor:
+def _ranks(table: TokenTable, found: Tensor, cosines: Tensor, ids: Tensor) -> Tensor:
     """How many tokens are more alike each prediction than its own is, [n]."""
     wanted, above = unit(found), torch.zeros(len(ids), dtype=torch.int64)
     own = torch.arange(len(ids))
-    for start in range(0, len(table), _ROWS):
-        alike = wanted @ unit(table[start : start + _ROWS]).T
+    for start in range(0, table.vocabulary, _ROWS):
+        alike = _alike(wanted, table.vectors[start : start + _ROWS], table.lengths[start : start + _ROWS])
         here = (ids >= start) & (ids < start + _ROWS)
         alike[own[here], ids[here] - start] = -2.0
         above += (alike > cosines[:, None]).sum(1)
@@ -260,8 +275,11 @@ def _code_loss(mapped: TableMap, x: Tensor, found: Tensor, count: int = 64) -> f
     a, b = mapped.hold.sides
     v, u = unit(x[:count] - a.mean), unit(found[:count] - b.mean)
     dot, one, two = torch.zeros(len(v)), torch.zeros(len(v)), torch.zeros(len(v))
-    for ids in mapped.ids.split(_ROWS):
-        r = v @ unit(mapped.source.vectors[ids] - a.mean).T
-        s = u @ unit(mapped.target.vectors[ids] - b.mean).T
+    taking_part = torch.zeros(mapped.source.vocabulary).index_fill_(0, mapped.ids, 1.0)
+    for start in range(0, len(taking_part), _ROWS):  # a table in its order: to gather most of its rows takes longer
+        part = slice(start, start + _ROWS)
+        r, s = ((w @ table.vectors[part].T - (w @ side.mean)[:, None])
+                * (taking_part[part] / side.lengths[part].clamp(min=SMALLEST))
+                for w, table, side in ((v, mapped.source, a), (u, mapped.target, b)))
         dot, one, two = dot + (r * s).sum(1), one + r.square().sum(1), two + s.square().sum(1)
-    return float((1 - dot / (one * two).sqrt().clamp(min=1e-30)).mean())
+    return float((1 - dot / (one * two).sqrt().clamp(min=SMALLEST)).mean())
