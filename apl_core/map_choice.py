@@ -206,7 +206,7 @@ def _moves(spectra: Spectra, methods: Sequence[str], x: Tensor) -> Callable[[Can
         inside, cross = x @ spectra.source[1], cross @ spectra.source[1]
     if basis is not None:
         cross = basis.T @ cross
-    plain = inside @ cross.T
+    plain = None if all(m in ("ridge", "half") for m in methods) else inside @ cross.T
 
     def moved(each: Candidate) -> Tensor:
         if each.method == "procrustes":

@@ -143,9 +143,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "empty", "no text encoder")
     broken = table_of()
     broken[2, 2] = float("nan")
-    for value in (broken, torch.zeros(3), torch.zeros(3, 3, dtype=torch.int64)):
+    opposed = table_of()
+    opposed[2, 2], opposed[3, 3] = float("inf"), float("-inf")
+    for value in (broken, opposed, torch.zeros(3), torch.zeros(3, 3, dtype=torch.int64)):
         with pytest.raises(ModelError):
             TokenTable(value)
+
+
+def test_numbers_whose_sum_overflows_are_finite_all_the_same() -> None:
+    table = TokenTable(torch.full((30, 4), 3e38))
+    assert not bool(torch.isfinite(table.vectors.sum()))
 
 
 def test_tables_of_other_vocabularies_do_not_go_together() -> None:

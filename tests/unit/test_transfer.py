@@ -15,10 +15,12 @@ import torch
 from fakes import published_search
 from torch import Tensor
 
+from apl_core import map_choice
 from apl_core.errors import ConfigError, ModelError, PrefixFileError
+from apl_core.map_choice import HoldOut, directions_to_vectors, judge
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from apl_core.relative_maps import Moments, Spectra, masked, unit
+from apl_core.relative_maps import METHODS, Moments, Spectra, masked, unit
 from apl_core.table_map import anchors, fit
 from apl_core.token_tables import TokenTable
 from apl_core.transfer import RECORD, Mapper, TransferSettings, caption_weights, transfer
@@ -102,6 +104,63 @@ def test_maps_against_numpy_by_hand() -> None:
     np.testing.assert_allclose(spectra.map("procrustes", rho).numpy(), polar(b.T @ a)[0], atol=1e-4)
     assert spectra.damping("ridge", rho) == {"source": pytest.approx(rho * np.trace(a.T @ a) / 24)}
     assert set(spectra.damping("half", rho)) == {"source", "target"} and spectra.damping("procrustes", rho) == {}
+
+
+@pytest.mark.parametrize(("ds", "dt", "least"), [(24, 40, 1.0), (40, 24, 1.0), (24, 40, 1e-9), (24, 24, 1e-3)])
+def test_the_nearest_turn_of_any_shape_and_spectrum(ds: int, dt: int, least: float) -> None:
+    """Eigenvectors where they tell the directions apart, singular vectors where rounding has taken the last ones."""
+    source, target = shared_tables(tokens=300, ds=ds, dt=dt, noise=0.3)
+    rows = source.vectors * torch.cat([torch.ones(ds - 4), torch.full((4,), least)])
+    moments = Moments(rows, target.vectors, torch.arange(300), torch.ones(300))
+    found = Spectra(moments).map("procrustes", 0).numpy()
+    few = found if ds > dt else found.T
+    np.testing.assert_allclose(few @ few.T, np.eye(min(ds, dt)), atol=1e-4)
+    # of all turns, it is the one whose product with the moments has the largest trace: their singular values' sum
+    values = np.linalg.svd(moments.cross.numpy(), compute_uv=False)
+    assert np.trace(found.T @ moments.cross.numpy()) == pytest.approx(values.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_scores_by_hand(centred: bool) -> None:
+    """Every candidate judged in its short way scores what its matrix does, on tokens and on pairs of them."""
+    source, target = shared_tables(tokens=400, noise=0.3)
+    source = TokenTable(source.vectors + 0.5 * source.vectors[0])
+    hold = HoldOut(source, target, torch.arange(400), torch.ones(400), centred)
+    a, b = hold.sides
+    for methods in (METHODS, ("ridge",), ("ptfer",), ("procrustes",), ("none",)):
+        for each in judge(hold, methods, (1e-3, 1.0)):
+            tokens, pairs = [], []
+            for fold in range(5):
+                matrix = hold.without(fold).map(each.candidate.method, each.candidate.rho)
+                ids = hold.ids[hold.sample(fold)]
+                x, truth, half = source.vectors[ids], target.vectors[ids], len(ids) // 2
+                for rows, wanted, into in ((x, truth, tokens),
+                                           (x[:half] + x[half:], truth[:half] + truth[half:], pairs),
+                                           (x[:half] - x[half:], truth[:half] - truth[half:], pairs)):
+                    moved = rows - a.mean
+                    predicted = directions_to_vectors(moved @ matrix.T, moved.norm(dim=1), b.mean, b.median / a.median)
+                    into.append(cosines(predicted, wanted))
+            assert each.cosine == pytest.approx(float(torch.cat(tokens).mean()), abs=1e-4), each.candidate
+            assert each.pairs == pytest.approx(float(torch.cat(pairs).mean()), abs=1e-4), each.candidate
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_moments_of_all_anchors_are_those_of_the_folds_and_of_the_others(centred: bool,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_choice, "ANCHORS", 150)
+    source, target = shared_tables(tokens=500, noise=0.3)
+    ids = torch.arange(0, 500, 2)
+    weights = torch.rand(250, generator=torch.Generator().manual_seed(1)) + 0.1
+    hold = HoldOut(source, target, ids, weights, centred)
+    assert len(hold.ids) == 150
+    mean = (weights[:, None] * source.vectors[ids]).sum(0) / weights.sum()
+    rows = source.vectors[ids] - mean if centred else source.vectors[ids]
+    assert hold.sides[0].median == pytest.approx(float(rows.norm(dim=1).median()), rel=1e-5)
+    direct = Spectra(Moments(source.vectors, target.vectors, ids, weights, hold.means))
+    for method in METHODS:
+        wanted = direct.map(method, 0.01)
+        torch.testing.assert_close(hold.whole("cross").map(method, 0.01), wanted, rtol=1e-3,
+                                   atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_a_mask_keeps_the_rows_most_alike_and_no_others() -> None:
