@@ -26,6 +26,7 @@ from .relative_maps import (
     sides_inverted,
     unit,
 )
+from .side_by_side import side_by_side
 from .token_tables import TokenTable
 
 ANCHORS = 16384
@@ -197,21 +198,19 @@ class _Sample:
 def _moves(spectra: Spectra, methods: Sequence[str], x: Tensor) -> Callable[[Candidate], Tensor]:
     """W x [n, dt] of x [n, ds] by candidate; what several share is found once.
 
-    In the target's basis of eigenvectors where one of the methods takes it: cosines are the same in every basis.
+    In the target's basis of eigenvectors where the methods invert its side: cosines are the same in every basis.
     """
     sides = sides_inverted(methods)
-    basis = spectra.target[1] if "target" in sides else None
     inside, cross = x, spectra.cross
     if "source" in sides:
         inside, cross = x @ spectra.source[1], cross @ spectra.source[1]
-    if basis is not None:
-        cross = basis.T @ cross
+    if "target" in sides:
+        cross = spectra.target[1].T @ cross
     plain = None if all(m in ("ridge", "half") for m in methods) else inside @ cross.T
 
     def moved(each: Candidate) -> Tensor:
         if each.method == "procrustes":
-            turned = x @ spectra.polar.T
-            return turned if basis is None else turned @ basis
+            return x @ spectra.polar.T
         p, q = POWERS[each.method]
         found = (inside * powered(spectra.source[0], each.rho, q)) @ cross.T if q else plain
         return found * powered(spectra.target[0], each.rho, p) if p else found
@@ -219,30 +218,37 @@ def _moves(spectra: Spectra, methods: Sequence[str], x: Tensor) -> Callable[[Can
     return moved
 
 
-def judge(hold: HoldOut, methods: Sequence[str], rhos: Sequence[float]) -> list[Judged]:
-    """Hold-out scores of all methods, and rhos where a method has one, for one centring."""
-    wanted = [Candidate(m, r, hold.centred) for m in methods for r in (rhos if POWERS.get(m, (0, 0)) != (0, 0) else
-                                                                      rhos[:1])]
-    tokens: dict[Candidate, list[Tensor]] = {each: [] for each in wanted}
-    pairs: dict[Candidate, list[Tensor]] = {each: [] for each in wanted}
-    weights = []
-    sides = sides_inverted(methods)
-    hold.add_up("cross", *sides)
-    for fold in range(len(hold.parts)):
-        spectra = hold.without(fold)
-        sample = _Sample(hold, fold, spectra.target[1] if "target" in sides else None)
-        moved = _moves(spectra, methods, sample.x)
-        weights.append(sample.weights)
-        for each in wanted:
-            one, two = sample.judge(moved(each))
-            tokens[each].append(one)
-            pairs[each].append(two)
-    share = torch.cat(weights)
-    share = share / share.sum()
-    return [_judged(each, torch.cat(tokens[each]), torch.cat(pairs[each]), share) for each in wanted]
+def judge(holds: Sequence[HoldOut], methods: Sequence[str], rhos: Sequence[float]) -> list[Judged]:
+    """Hold-out scores of all methods, and rhos where a method has one, for every centring, in this order."""
+    turned = [m for m in methods if "target" in sides_inverted([m])]
+    groups = [group for group in (turned, [m for m in methods if m not in turned]) if group]
+    for hold in holds:
+        hold.add_up("cross", *sides_inverted(methods))
+    # the longest first, so that no core is left with one of those alone at the end
+    turns = [(hold, group, fold, hold.without(fold)) for group in groups for hold in holds
+             for fold in range(len(hold.parts))]
+    scores: dict[Candidate, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for found in side_by_side(lambda turn: _of_fold(*turn, rhos), turns):
+        for candidate, row in found.items():
+            scores.setdefault(candidate, []).append(row)
+    return [_judged(each, scores[each]) for hold in holds for each in _candidates(hold, methods, rhos)]
 
 
-def _judged(candidate: Candidate, cosines: Tensor, pairs: Tensor, share: Tensor) -> Judged:
+def _candidates(hold: HoldOut, methods: Sequence[str], rhos: Sequence[float]) -> list[Candidate]:
+    return [Candidate(m, r, hold.centred) for m in methods for r in (rhos if sides_inverted([m]) else rhos[:1])]
+
+
+def _of_fold(hold: HoldOut, methods: Sequence[str], fold: int, spectra: Spectra,
+             rhos: Sequence[float]) -> dict[Candidate, tuple[Tensor, Tensor, Tensor]]:
+    """By candidate: weights [n] of a fold's tokens, cosines [n] of them and [n'] of pairs."""
+    sample = _Sample(hold, fold, spectra.target[1] if "target" in sides_inverted(methods) else None)
+    moved = _moves(spectra, methods, sample.x)
+    return {each: (sample.weights, *sample.judge(moved(each))) for each in _candidates(hold, methods, rhos)}
+
+
+def _judged(candidate: Candidate, folds: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Judged:
+    weights, cosines, pairs = (torch.cat(each) for each in zip(*folds, strict=True))
+    share = weights / weights.sum()
     mean = float(share @ cosines)
     error = float((share.square() @ (cosines - mean).square()).sqrt())
     return Judged(candidate, cosines, mean, error, float(pairs.mean()) if len(pairs) else mean)

@@ -11,8 +11,8 @@ singular vectors of B^'WA^. lam = rho * trace(G) / d, with G the matrix that is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,35 +141,47 @@ class Spectra:
 
     def __init__(self, moments: Moments | Together, dtype: torch.dtype = torch.float64) -> None:
         self._moments, self._dtype = moments, dtype
+        self._found: dict[str, Any] = {}
 
-    @cached_property
+    def _once(self, name: str, find: Callable[[], Any]) -> Any:
+        # not by functools.cached_property: up to Python 3.11 all objects share its lock, and these are found at once
+        if name not in self._found:
+            self._found[name] = find()
+        return self._found[name]
+
+    @property
     def cross(self) -> Tensor:
         """B^'WA^ [dt, ds]."""
-        return self._moments.cross.to(self._dtype)
+        return self._once("cross", lambda: self._moments.cross.to(self._dtype))
 
-    @cached_property
+    @property
     def source(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [ds] ascending, and eigenvectors [ds, ds] in columns, of the source's Gram matrix."""
-        values, basis = torch.linalg.eigh(self._moments.source.to(self._dtype))
-        return values.clamp(min=0), basis
+        return self._once("source", lambda: self._eigen(self._moments.source))
 
-    @cached_property
+    @property
     def target(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [dt] ascending, and eigenvectors [dt, dt] in columns, of the target's Gram matrix."""
-        values, basis = torch.linalg.eigh(self._moments.target.to(self._dtype))
+        return self._once("target", lambda: self._eigen(self._moments.target))
+
+    def _eigen(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        values, basis = torch.linalg.eigh(gram.to(self._dtype))
         return values.clamp(min=0), basis
 
-    @cached_property
+    @property
     def polar(self) -> Tensor:
         """The nearest map to the cross moments that turns only: the product of their singular vectors, [dt, ds].
 
         By eigenvectors of the smaller of C'C and CC', which take half of the time that singular vectors do.
         """
+        return self._once("polar", self._nearest_turn)
+
+    def _nearest_turn(self) -> Tensor:
         wide = self.cross.shape[0] < self.cross.shape[1]
         tall = (self.cross.T if wide else self.cross).double()
         values, basis = torch.linalg.eigh(tall.T @ tall)
         if float(values[0]) > _SPREAD * float(values[-1]):
-            found = tall.to(self._dtype) @ ((basis * values.rsqrt()) @ basis.T).to(self._dtype)
+            found = tall.to(self._dtype) @ ((basis * values.rsqrt()).to(self._dtype) @ basis.T.to(self._dtype))
         else:
             left, _, right = torch.linalg.svd(tall.to(self._dtype), full_matrices=False)
             found = left @ right

@@ -217,12 +217,11 @@ def fit(source: TokenTable, target: TokenTable, settings: TransferSettings | Non
     methods, rhos = considered(s.method, s.rho)
     # whether the means are in the way is asked of ridge: eigenvalues of the target, which it needs none of, cost most
     first = methods[:1]
-    holds, judged = {}, []
-    for centred in ((False, True) if s.centred is None else (s.centred,)):
-        holds[centred] = HoldOut(source, target, ids, weights, centred, folds=s.folds, seed=s.seed)
-        judged += judge(holds[centred], first, rhos)
+    holds = {centred: HoldOut(source, target, ids, weights, centred, folds=s.folds, seed=s.seed)
+             for centred in ((False, True) if s.centred is None else (s.centred,))}
+    judged = judge(list(holds.values()), first, rhos)
     if methods[1:]:
-        judged += judge(holds[best_of(judged).candidate.centred], methods[1:], rhos)
+        judged += judge([holds[best_of(judged).candidate.centred]], methods[1:], rhos)
     chosen = best_of([each for each in judged if s.method == "none" or each.candidate.method != "none"]).candidate
     hold = holds[chosen.centred]
     topk, scores = 0, None

@@ -128,7 +128,7 @@ def test_scores_by_hand(centred: bool) -> None:
     hold = HoldOut(source, target, torch.arange(400), torch.ones(400), centred)
     a, b = hold.sides
     for methods in (METHODS, ("ridge",), ("ptfer",), ("procrustes",), ("none",)):
-        for each in judge(hold, methods, (1e-3, 1.0)):
+        for each in judge([hold], methods, (1e-3, 1.0)):
             tokens, pairs = [], []
             for fold in range(5):
                 matrix = hold.without(fold).map(each.candidate.method, each.candidate.rho)
