@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +52,10 @@ class Mapper:
         check_same_vocabulary({"source": source, **targets})
         self.source, self.targets = source, dict(targets)
         self.settings = settings or TransferSettings()
-        others = {key: table for key, table in targets.items() if not source.agrees_with(table)}
-        with ThreadPoolExecutor(1, "apl-hash") as beside:  # hashing takes one core, where a fit now and then leaves one
-            for table in (source, *others.values()):
-                beside.submit(lambda each: each.sha256, table)
-            self.maps: dict[str, TableMap | None] = {
-                key: fit(source, others[key], self.settings) if key in others else None for key in targets}
+        self.maps: dict[str, TableMap | None] = {
+            key: None if source.agrees_with(table) else fit(source, table, self.settings)
+            for key, table in targets.items()
+        }
         mapped = next((each for each in self.maps.values() if each is not None), None)
         ids = mapped.ids if mapped else anchors(source, source, self.settings.weights)[0]
         self._manifold = Manifold(source, ids)
