@@ -37,6 +37,8 @@ from apl_core.transfer import transfer
 FULL = (49408, 768, 1280, 600)
 STUDY = (6000, 192, 320, 160)
 KINDS = ("random", "power law")
+METHODS = ("auto", "ptfer")
+"""What a user may ask for; PTfer, chosen or named, pays for its mask beside what every choice costs."""
 VECTORS = 10
 SETTLED = 10_000
 """Steps after which the search stands still; of the published 2000 it is still on its way on tables with a spectrum."""
@@ -76,13 +78,16 @@ def written(folder: Path, kind: str) -> None:
     save_prefix(prefix, folder / "prefix.safetensors")
 
 
-def carried(folder: Path) -> dict[str, float]:
-    """Seconds and peak memory of this process, from the files to the prefix and its report, everything chosen."""
+def carried(folder: Path, method: str) -> dict[str, float]:
+    """Seconds and peak memory of this process, from the files to the prefix and its report.
+
+    The files have just been written or read: no disk is waited for.
+    """
     import resource
 
     began = time.perf_counter(), time.process_time()
     found = transfer(load_prefix(folder / "prefix.safetensors"), read_table(folder / "sd1.safetensors"),
-                     read_tables(folder / "sdxl.safetensors"))
+                     read_tables(folder / "sdxl.safetensors"), TransferSettings(method))
     save_prefix(found.prefix, folder / "carried.safetensors")
     spent = time.perf_counter() - began[0], time.process_time() - began[1]
     chosen = found.report.keys[-1].facts
@@ -97,11 +102,12 @@ def map_cost(threads: int, rounds: int) -> Found:
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as name:
             written(Path(name), kind)
-            for _ in range(rounds):
-                words = [sys.executable, str(Path(__file__)), "carried", "--folder", name, "--threads", str(threads)]
+            for method in METHODS * rounds:
+                words = [sys.executable, str(Path(__file__)), "carried", "--folder", name, "--threads", str(threads),
+                         "--method", method]
                 ran = subprocess.run(words, check=True, capture_output=True, text=True)
                 row = json.loads(ran.stdout)
-                print(f"{kind:10} {row['seconds']:6.2f} s ({row['cpu_seconds']:.2f} s of CPU on {threads} threads), "
+                print(f"{kind:10} {method:6} {row['seconds']:6.2f} s ({row['cpu_seconds']:.2f} s of CPU on {threads} threads), "
                       f"{row['gb']:.2f} GB; {row['method']}, held-out cosine {row['holdout_cosine']:.3f}", flush=True)
                 seconds.append(row["seconds"])
                 memory.append(row["gb"])
@@ -166,13 +172,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("map", "search", "agree", "carried"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="turns a kind of table (map)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns a kind of table and method (map)")
     parser.add_argument("--steps", type=int, default=published_search.STEPS, help="of the search (search)")
+    parser.add_argument("--method", choices=METHODS, default="auto", help="of a turn (carried)")
     parser.add_argument("--folder", type=Path, help="files of a turn (carried)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "carried":
-        print(json.dumps(carried(args.folder)))
+        print(json.dumps(carried(args.folder, args.method)))
         return
     found = {"map": lambda: map_cost(args.threads, args.rounds), "search": lambda: search(args.steps),
              "agree": agree}[args.what]()
