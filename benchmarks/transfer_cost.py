@@ -108,7 +108,8 @@ def map_cost(threads: int, rounds: int) -> Found:
                 ran = subprocess.run(words, check=True, capture_output=True, text=True)
                 row = json.loads(ran.stdout)
                 print(f"{kind:10} {method:6} {row['seconds']:6.2f} s ({row['cpu_seconds']:.2f} s of CPU on {threads} "
-                      f"threads), {row['gb']:.2f} GB; {row['method']}, held-out cosine {row['holdout_cosine']:.3f}", flush=True)
+                      f"threads), {row['gb']:.2f} GB; {row['method']}, held-out cosine "
+                      f"{row['holdout_cosine']:.3f}", flush=True)
                 seconds.append(row["seconds"])
                 memory.append(row["gb"])
     return {"transfer-seconds": (max(seconds), None, len(seconds)),
