@@ -21,11 +21,11 @@ from .relative_maps import (
     Moments,
     Spectra,
     Together,
-    masked,
     powered,
     sides_inverted,
     unit,
 )
+from .relative_mask import masked
 from .side_by_side import side_by_side
 from .token_tables import TokenTable
 
@@ -34,9 +34,16 @@ ANCHORS = 16384
 SAMPLE = 256
 """Held-out tokens of a fold that a map is judged on; all candidates see the same ones."""
 MASKED_SAMPLE = 8
+FIRST_FOLDS = 2
+CLEAR = 3.0
+"""Standard errors that make a difference on the first folds clear."""
 _ROWS = 1024
 PAPER_TOPK = 8192
 """Entries of a relative code that PTfer's README keeps."""
+
+
+Row = tuple[Tensor, Tensor, Tensor]
+"""Of a fold: weights [n] of its tokens, cosines [n] of them and [n'] of pairs."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +67,23 @@ class Judged:
     """A candidate's hold-out score.
 
     Attributes:
-        cosines: [n], of every held-out token's prediction with its row of the target.
+        weights: [n], of the held-out tokens that it was judged on.
+        cosines: [n], of every one's prediction with its row of the target.
         cosine: their weighted mean; error: its standard error.
         pairs: mean cosine for sums and differences of two held-out tokens.
     """
 
     candidate: Candidate
+    weights: Tensor
     cosines: Tensor
     cosine: float
     error: float
     pairs: float
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it is clearly better than chance."""
+        return self.cosine > CLEAR * self.error
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +109,14 @@ class Side:
         mean = (share @ table.vectors) / weights.sum()
         lengths = torch.cat([(rows - mean).norm(dim=1) for rows in table.vectors.split(_ROWS)])
         return cls(mean, lengths, float(lengths[ids].median()))
+
+
+    def units(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Unit rows [k, width] of a table's tokens [k]."""
+        rows = table[ids]
+        rows -= self.mean
+        rows /= self.lengths[ids].clamp(min=SMALLEST)[:, None]
+        return rows
 
 
 class HoldOut:
@@ -218,64 +240,113 @@ def _moves(spectra: Spectra, methods: Sequence[str], x: Tensor) -> Callable[[Can
     return moved
 
 
-def judge(holds: Sequence[HoldOut], methods: Sequence[str], rhos: Sequence[float]) -> list[Judged]:
-    """Hold-out scores of all methods, and rhos where a method has one, for every centring, in this order."""
-    turned = [m for m in methods if "target" in sides_inverted([m])]
-    groups = [group for group in (turned, [m for m in methods if m not in turned]) if group]
+def judge(holds: Sequence[HoldOut], methods: Sequence[str], rhos: Sequence[float],
+          rivals: Sequence[Judged] = ()) -> list[Judged]:
+    """Hold-out scores of all methods, and rhos where a method has one, for every centring, in this order.
+
+    All are judged on the first folds; what is clearly behind there is not judged on the others, and where nothing
+    predicts anything, nothing is: the differences are chance, and eigenvectors cost most of a transfer's time.
+
+    rivals: of the same folds, for those that are judged to be held against.
+    """
+    every = [each for hold in holds for each in _candidates(hold, methods, rhos)]
     for hold in holds:
         hold.add_up("cross", *sides_inverted(methods))
-    # the longest first, so that no core is left with one of those alone at the end
-    turns = [(hold, group, fold, hold.without(fold)) for group in groups for hold in holds
-             for fold in range(len(hold.parts))]
-    scores: dict[Candidate, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for found in side_by_side(lambda turn: _of_fold(*turn, rhos), turns):
+    scores: dict[Candidate, list[Row]] = {each: [] for each in every}
+    folds = len(holds[0].parts)
+    _score(holds, every, range(min(FIRST_FOLDS, folds)), scores)
+    found = {each: _judged(each, scores[each]) for each in every}
+    _score(holds, _in_sight(list(found.values()), rivals), range(FIRST_FOLDS, folds), scores)
+    return [_judged(each, scores[each]) for each in every]
+
+
+def _score(holds: Sequence[HoldOut], some: Sequence[Candidate], folds: range,
+           scores: dict[Candidate, list[Row]]) -> None:
+    """Adds a row a fold for each of `some`."""
+    # those of one basis together, and the longest first, so that no core is left with one of those alone at the end
+    groups = [[each for each in some
+               if each.centred == hold.centred and ("target" in sides_inverted([each.method])) == inverted]
+              for inverted in (True, False) for hold in holds]
+    turns = [(hold, group, fold, hold.without(fold))
+             for group, hold in zip(groups, [*holds, *holds], strict=True) if group for fold in folds]
+    for found in side_by_side(lambda turn: _of_fold(*turn), turns):
         for candidate, row in found.items():
-            scores.setdefault(candidate, []).append(row)
-    return [_judged(each, scores[each]) for hold in holds for each in _candidates(hold, methods, rhos)]
+            scores[candidate].append(row)
+
+
+def _in_sight(judged: Sequence[Judged], rivals: Sequence[Judged]) -> list[Candidate]:
+    """Those within `CLEAR` standard errors of the best of both, compared token by token, in the centring of the best of
+    them: where the means are not in the way, both are alike. None where the best is not that far from predicting
+    nothing."""
+    count = len(judged[0].cosines)
+    best = max((*judged, *rivals), key=lambda each: _mean(each.weights[:count], each.cosines[:count]))
+    if not best.predicts:
+        return []
+    left, centred = [], max(judged, key=lambda each: each.cosine).candidate.centred
+    for each in judged:
+        behind, error = _mean(each.weights, best.cosines[:count] - each.cosines)
+        if each.candidate.centred == centred and behind <= CLEAR * error:
+            left.append(each.candidate)
+    return left
 
 
 def _candidates(hold: HoldOut, methods: Sequence[str], rhos: Sequence[float]) -> list[Candidate]:
     return [Candidate(m, r, hold.centred) for m in methods for r in (rhos if sides_inverted([m]) else rhos[:1])]
 
 
-def _of_fold(hold: HoldOut, methods: Sequence[str], fold: int, spectra: Spectra,
-             rhos: Sequence[float]) -> dict[Candidate, tuple[Tensor, Tensor, Tensor]]:
-    """By candidate: weights [n] of a fold's tokens, cosines [n] of them and [n'] of pairs."""
+def _of_fold(hold: HoldOut, some: Sequence[Candidate], fold: int, spectra: Spectra) -> dict[Candidate, Row]:
+    """The row of a fold by candidate, all of one basis."""
+    methods = list(dict.fromkeys(each.method for each in some))
     sample = _Sample(hold, fold, spectra.target[1] if "target" in sides_inverted(methods) else None)
     moved = _moves(spectra, methods, sample.x)
-    return {each: (sample.weights, *sample.judge(moved(each))) for each in _candidates(hold, methods, rhos)}
+    return {each: (sample.weights, *sample.judge(moved(each))) for each in some}
 
 
-def _judged(candidate: Candidate, folds: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Judged:
+def _judged(candidate: Candidate, folds: Sequence[Row]) -> Judged:
     weights, cosines, pairs = (torch.cat(each) for each in zip(*folds, strict=True))
+    mean, error = _mean(weights, cosines)
+    return Judged(candidate, weights, cosines, mean, error, float(pairs.mean()) if len(pairs) else mean)
+
+
+def _mean(weights: Tensor, values: Tensor) -> tuple[float, float]:
+    """(weighted mean, its standard error)."""
     share = weights / weights.sum()
-    mean = float(share @ cosines)
-    error = float((share.square() @ (cosines - mean).square()).sqrt())
-    return Judged(candidate, cosines, mean, error, float(pairs.mean()) if len(pairs) else mean)
+    mean = float(share @ values)
+    return mean, float((share.square() @ (values - mean).square()).sqrt())
 
 
 def best_of(judged: Sequence[Judged]) -> Judged:
-    """The best by held-out cosine; between those within a standard error of it, the best on sums and differences."""
-    top = max(judged, key=lambda each: each.cosine)
-    close = [each for each in judged if each.cosine >= top.cosine - top.error]
+    """The best by held-out cosine; between those within a standard error of it, the best on sums and differences.
+
+    Only among those that were judged on the most tokens: others fell behind on the first folds.
+    """
+    most = max(len(each.cosines) for each in judged)
+    full = [each for each in judged if len(each.cosines) == most]
+    top = max(full, key=lambda each: each.cosine)
+    close = [each for each in full if each.cosine >= top.cosine - top.error]
     return max(close, key=lambda each: (each.pairs, each.cosine))
 
 
-def mask_helps(hold: HoldOut, rho: float, topk: int) -> tuple[float, float]:
-    """Mean held-out cosine of PTfer (without a mask, with one), on a few tokens of every fold: a mask costs a solve."""
-    without, with_mask = [], []
+def mask_helps(hold: HoldOut, rho: float, share: float) -> tuple[float, float]:
+    """Mean held-out cosine of PTfer (without a mask, with one), on some tokens of every fold.
+
+    share: of the anchors that count; a number made for all of them would mask less of a fold's.
+    """
     a, b = hold.sides
-    for fold in range(len(hold.parts)):
-        held = hold.sample(fold, MASKED_SAMPLE)
-        keep = torch.cat([part for i, part in enumerate(hold.parts) if i != fold])
-        rows = unit(hold.source[hold.ids[keep]] - a.mean), unit(hold.target[hold.ids[keep]] - b.mean)
-        x = hold.source[hold.ids[held]] - a.mean
-        truth = hold.target[hold.ids[held]]
-        moved = x @ hold.without(fold).map("ptfer", rho).T
-        for y, into in ((moved, without), (masked(*rows, hold.weights[keep], x, topk, rho), with_mask)):
-            found = directions_to_vectors(y, x.norm(dim=1), b.mean, b.median / max(a.median, SMALLEST))
-            into.append((unit(found) * unit(truth)).sum(1))
-    return float(torch.cat(without).mean()), float(torch.cat(with_mask).mean())
+    folds = range(len(hold.parts))
+    held = torch.cat([hold.sample(fold, MASKED_SAMPLE) for fold in folds])
+    fold_of = torch.cat([torch.full_like(hold.sample(fold, MASKED_SAMPLE), fold) for fold in folds])
+    own = torch.cat([torch.full_like(part, fold) for fold, part in zip(folds, hold.parts, strict=True)])
+    rows = [side.units(table, hold.ids) for side, table in ((a, hold.source), (b, hold.target))]
+    x, truth = hold.source[hold.ids[held]] - a.mean, hold.target[hold.ids[held]]
+    way = Candidate("ptfer", rho, hold.centred)
+    plain = torch.cat([_moves(spectra, ("ptfer",), x[fold_of == fold])(way) @ spectra.target[1].T
+                       for fold, spectra in enumerate(map(hold.without, folds))])
+    topk = max(2, round(share * len(hold.ids) * (1 - 1 / len(folds))))
+    under = masked(*rows, hold.weights, x, topk, rho, hold.without(0).target, own[None] != fold_of[:, None])
+    without, with_mask = ((unit(directions_to_vectors(y, x.norm(dim=1), b.mean, b.median / max(a.median, SMALLEST)))
+                           * unit(truth)).sum(1) for y in (plain, under))
+    return float(without.mean()), float(with_mask.mean())
 
 
 def considered(method: str, rho: float | None) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -229,23 +229,3 @@ def powered(values: Tensor, rho: float, power: float) -> Tensor:
         return torch.ones_like(values)
     return (values + rho * values.mean()).clamp(min=SMALLEST) ** -power
 
-
-def masked(source: Tensor, target: Tensor, weights: Tensor, vectors: Tensor, topk: int, rho: float) -> Tensor:
-    """PTfer's optimum where only the `topk` largest entries of a relative code count: one solve a vector.
-
-    Args:
-        source, target: the anchors' unit rows, [k, ds] and [k, dt]; weights: [k].
-        vectors: [n, ds].
-
-    Returns:
-        [n, dt] directions, up to a positive factor each.
-    """
-    codes = unit(vectors) @ source.T
-    found = []
-    for code in codes:
-        rows = code.topk(min(topk, len(code))).indices
-        b, w = target[rows], weights[rows][:, None]
-        gram = b.T @ (b * w)
-        gram.diagonal().add_(max(rho * float(gram.trace()) / len(gram), SMALLEST))
-        found.append(torch.linalg.solve(gram, b.T @ (w[:, 0] * code[rows])))
-    return torch.stack(found)

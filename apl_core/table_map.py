@@ -16,7 +16,8 @@ from .errors import ConfigError, ModelError
 from .map_choice import PAPER_TOPK, Candidate, HoldOut, Judged, best_of, considered, directions_to_vectors, judge
 from .map_choice import mask_helps as _mask_helps
 from .placement import BOS
-from .relative_maps import METHODS, SMALLEST, masked, sides_inverted, unit
+from .relative_maps import METHODS, SMALLEST, sides_inverted
+from .relative_mask import masked
 from .token_tables import TokenTable, check_same_vocabulary
 
 BYTE_TOKENS = 512
@@ -173,8 +174,9 @@ class TableMap:
         a, b = self.hold.sides
         x = vectors.detach().to("cpu", torch.float32) - a.mean
         if self.candidate.topk and matrix is None:
-            rows = (unit(self.source.vectors[self.ids] - a.mean), unit(self.target.vectors[self.ids] - b.mean))
-            moved = masked(*rows, self.weights, x, self.candidate.topk, self.candidate.rho)
+            rows = (side.units(table.vectors, self.ids) for side, table in ((a, self.source), (b, self.target)))
+            moved = masked(*rows, self.weights, x, self.candidate.topk, self.candidate.rho,
+                           self.hold.without(0).target)
         else:
             moved = x @ (self.matrix if matrix is None else matrix).T
         lengths = x.norm(dim=1)
@@ -216,20 +218,22 @@ def fit(source: TokenTable, target: TokenTable, settings: TransferSettings | Non
     ids, weights = anchors(source, target, s.weights)
     methods, rhos = considered(s.method, s.rho)
     # whether the means are in the way is asked of ridge: eigenvalues of the target, which it needs none of, cost most
-    first = methods[:1]
+    first, others = methods[:1], methods[1:]
     holds = {centred: HoldOut(source, target, ids, weights, centred, folds=s.folds, seed=s.seed)
              for centred in ((False, True) if s.centred is None else (s.centred,))}
     judged = judge(list(holds.values()), first, rhos)
-    if methods[1:]:
-        judged += judge([holds[best_of(judged).candidate.centred]], methods[1:], rhos)
-    chosen = best_of([each for each in judged if s.method == "none" or each.candidate.method != "none"]).candidate
+    if others:
+        judged += judge([holds[best_of(judged).candidate.centred]], others, rhos, judged)
+    best = best_of([each for each in judged if s.method == "none" or each.candidate.method != "none"])
+    chosen = best.candidate
     hold = holds[chosen.centred]
     topk, scores = 0, None
     if chosen.method == "ptfer" and s.topk != 0:
         asked = s.topk or PAPER_TOPK
         if asked < len(ids):
-            scores = _mask_helps(hold, chosen.rho, asked)
-            topk = asked if s.topk or scores[1] > scores[0] else 0
+            # where nothing is predicted, a mask would be chosen by chance
+            scores = _mask_helps(hold, chosen.rho, asked / len(ids)) if best.predicts else None
+            topk = asked if s.topk or (scores and scores[1] > scores[0]) else 0
     spectra = hold.whole("cross", *sides_inverted([chosen.method]))
     candidate = Candidate(chosen.method, chosen.rho, chosen.centred, topk)
     ceiling = _percentiles(hold.sides[1].lengths[ids], (CEILING,))[0]

@@ -59,12 +59,12 @@ class TokenTable:
                              f"{str(self.vectors.dtype).removeprefix('torch.')}.",
                              "It must be [vocabulary, width] of floating-point numbers.", field="token_table")
         ready = self.vectors.detach().to("cpu", torch.float32).contiguous()
-        # a sum of anything that is not finite is not finite either, and takes a twentieth of the time that asking every
-        # number does; that of finite ones may overflow, so it is no proof by itself
-        if not (bool(torch.isfinite(ready.sum())) or bool(torch.isfinite(ready).all())):
+        object.__setattr__(self, "vectors", ready)
+        # a norm of anything that is not finite is not finite either, and all of them are needed anyway; that of finite
+        # numbers may overflow, so it is no proof by itself
+        if not (bool(torch.isfinite(self.lengths).all()) or bool(torch.isfinite(ready).all())):
             raise ModelError(f"{self.name}: the token table holds NaN or infinity.",
                              "The model is damaged: get it again.", field="token_table")
-        object.__setattr__(self, "vectors", ready)
 
     @property
     def vocabulary(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .map_choice import CLEAR
 from .relative_maps import SMALLEST, unit
 from .table_map import TableMap
 from .token_tables import TokenTable
@@ -73,8 +74,12 @@ class KeyReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Of all vectors."""
-        return tuple(f"{self.key}, vector {each.index}: {text}" for each in self.vectors for text in each.warnings)
+        """Of the map, and of all vectors."""
+        found = [f"{self.key}, vector {each.index}: {text}" for each in self.vectors for text in each.warnings]
+        if self.choice and not any(row["cosine"] > CLEAR * row["error"] for row in self.choice):
+            found.insert(0, f"{self.key}: no map predicts held-out tokens better than chance; these two tables have "
+                            "nothing in common, and what is carried over means nothing there")
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Manifold:
         self.table = table
         self.norms = table.lengths[ids].sort().values
         spread = unit(table.vectors[ids[torch.linspace(0, len(ids) - 1, min(len(ids), SPREAD)).long()]])
-        values, basis = torch.linalg.eigh((spread.T @ spread).double())
+        values, basis = torch.linalg.eigh(spread.T @ spread)
         outside = values.clamp(min=0).cumsum(0) <= (1 - ENERGY) * values.clamp(min=0).sum()
         self.outside = basis[:, outside].float()
         some = table.vectors[ids[torch.linspace(0, len(ids) - 1, min(len(ids), SAMPLE)).long()]]

@@ -15,12 +15,13 @@ import torch
 from fakes import published_search
 from torch import Tensor
 
-from apl_core import map_choice
+from apl_core import map_choice, relative_mask
 from apl_core.errors import ConfigError, ModelError, PrefixFileError
-from apl_core.map_choice import HoldOut, directions_to_vectors, judge
+from apl_core.map_choice import HoldOut, best_of, directions_to_vectors, judge
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from apl_core.relative_maps import METHODS, Moments, Spectra, masked, unit
+from apl_core.relative_maps import METHODS, Moments, Spectra, unit
+from apl_core.relative_mask import masked
 from apl_core.table_map import anchors, fit
 from apl_core.token_tables import TokenTable
 from apl_core.transfer import RECORD, Mapper, TransferSettings, caption_weights, transfer
@@ -128,9 +129,11 @@ def test_scores_by_hand(centred: bool) -> None:
     hold = HoldOut(source, target, torch.arange(400), torch.ones(400), centred)
     a, b = hold.sides
     for methods in (METHODS, ("ridge",), ("ptfer",), ("procrustes",), ("none",)):
-        for each in judge([hold], methods, (1e-3, 1.0)):
+        judged = judge([hold], methods, (1e-3, 1.0))
+        assert len(best_of(judged).cosines) == 400 and {len(each.cosines) for each in judged} <= {160, 400}
+        for each in judged:
             tokens, pairs = [], []
-            for fold in range(5):
+            for fold in range(len(each.cosines) // 80):
                 matrix = hold.without(fold).map(each.candidate.method, each.candidate.rho)
                 ids = hold.ids[hold.sample(fold)]
                 x, truth, half = source.vectors[ids], target.vectors[ids], len(ids) // 2
@@ -142,6 +145,25 @@ def test_scores_by_hand(centred: bool) -> None:
                     into.append(cosines(predicted, wanted))
             assert each.cosine == pytest.approx(float(torch.cat(tokens).mean()), abs=1e-4), each.candidate
             assert each.pairs == pytest.approx(float(torch.cat(pairs).mean()), abs=1e-4), each.candidate
+
+
+def test_what_is_clearly_behind_or_chance_is_not_judged_on_every_fold() -> None:
+    source, target = shared_tables(noise=0.05)
+    ids, weights = torch.arange(2400), torch.ones(2400)
+    judged = judge([HoldOut(source, target, ids, weights, False)], METHODS, (1e-3, 1e-2))
+    far = next(each for each in judged if each.candidate.method == "none")
+    assert len(far.cosines) == 512 and len(best_of(judged).cosines) == 1280
+    # a rival that is far ahead leaves nobody else in sight
+    again = judge([HoldOut(source, target, ids, weights, False)], ("none",), (1e-3,), judged)
+    assert len(again[0].cosines) == 512
+    g = torch.Generator().manual_seed(3)
+    strange = TokenTable(torch.randn(2400, 40, generator=g))
+    chance = judge([HoldOut(source, strange, ids, weights, False)], METHODS, (1e-3, 1e-2))
+    assert {len(each.cosines) for each in chance} == {512}
+    found = transfer(prefix_of(source.vectors[:2]), source, {"clip_l": source, "clip_g": strange})
+    assert found.report.warnings[0].startswith("clip_g: no map predicts")
+    asked = fit(source, strange, TransferSettings("ptfer", topk=100))
+    assert asked.candidate.topk == 100 and asked.mask_scores is None
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -163,18 +185,25 @@ def test_moments_of_all_anchors_are_those_of_the_folds_and_of_the_others(centred
                                    atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_a_mask_keeps_the_rows_most_alike_and_no_others() -> None:
+@pytest.mark.parametrize("how", ["formed", "approached", "approached by other tokens", "not arrived"])
+@pytest.mark.parametrize("rho", [1e-3, 1e-6])
+def test_a_mask_keeps_the_rows_most_alike_and_no_others(how: str, rho: float, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = shared_tables(tokens=200)
     a, b = unit(source.vectors[:150]), unit(target.vectors[:150])
-    vectors, topk, rho = source.vectors[150:153], 60, 1e-3
-    found = masked(a, b, torch.ones(150), vectors, topk, rho)
+    vectors, topk = source.vectors[150:153], 60
+    some = b[:80] if how == "approached by other tokens" else b
+    if how == "not arrived":
+        monkeypatch.setattr(relative_mask, "PASSES", 2)
+    spectrum = None if how == "formed" else torch.linalg.eigh(some.T @ some)
+    found = masked(a, b, torch.ones(150), vectors, topk, rho, spectrum)
     for v, u in zip(vectors.numpy().astype(np.float64), found.numpy(), strict=True):
         code = a.numpy().astype(np.float64) @ (v / np.linalg.norm(v))
         rows = np.argsort(-code)[:topk]
         some = b.numpy().astype(np.float64)[rows]
         gram = some.T @ some
         wanted = np.linalg.solve(gram + rho * np.trace(gram) / 40 * np.eye(40), some.T @ code[rows])
-        np.testing.assert_allclose(u, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+        assert u @ wanted / np.linalg.norm(u) / np.linalg.norm(wanted) > 0.999995
+        assert np.linalg.norm(u) == pytest.approx(np.linalg.norm(wanted), rel=5e-3)
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.3])
