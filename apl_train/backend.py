@@ -7,9 +7,9 @@ Stable Diffusion XL is told beyond words is in `conditioning.py`, the pipelines 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from apl_core.errors import DatasetError, ModelError
 from apl_core.families import family_named
 from apl_core.placement import LENGTH, negative_needs_prefix
+from apl_core.side_by_side import side_by_side
 from apl_train import conditioning, pipelines
 from apl_train.model_files import Parts, read_parts
 from apl_train.parts_check import check_parts
@@ -28,6 +29,8 @@ from apl_train.text import Encoded, TextStack, Vectors
 
 _VAE_PIXELS = 2**18
 """Pixels in a pass of the VAE, whose memory grows with them: one picture of 512 x 512, sixteen of 128 x 128."""
+_SMALL = 256
+"""Edge of pictures up to which several batches are drawn at once on a CPU; of larger ones a batch fills all cores."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +207,15 @@ class Backend:
                 out[start : start + batch] = pixels.permute(0, 2, 3, 1).byte().cpu().numpy()
         return out
 
-    @cached_property
-    def _pipeline(self) -> Any:
-        return pipelines.guided(self.family, self.vae, self.unet, self._scheduler, self.device)
+    def _drawn(self, positive: Encoded, against: Encoded | None, noise: Tensor, decode: bool,
+               **how: Any) -> tuple[Tensor, np.ndarray | None]:
+        """Final latents [N, 4, h, w] of encoded prompts, and their pictures where they are wanted.
+
+        By a pipeline of its own: those keep the state of a sampler, and several draw at once.
+        """
+        pipe = pipelines.guided(self.family, self.vae, self.unet, copy.deepcopy(self._scheduler), self.device)
+        found = pipelines.draw(pipe, positive, against, noise, **how)
+        return found.float().cpu(), self.decode(found) if decode else None
 
     def _against(self, negative: str, vectors: Vectors | None, like: Encoded) -> Encoded:
         """The negative prompt beside every row of `like`, in as many chunks."""
@@ -268,19 +277,25 @@ class Backend:
         least = self.text.chunks_of(negative, self.text.num_prefix(with_prefix)) if guided else 1
         latents = torch.empty(len(prompts), self.unet.config.in_channels, size // self._factor, size // self._factor)
         images = np.empty((len(prompts) if decode else 0, size, size, 3), np.uint8)
-        done = 0
-        for chunks, rows in self._batches(prompts, least, m, batch):
-            positive = self.encode([prompts[row] for row in rows], vectors, chunks=chunks)
-            against = self._against(negative, with_prefix, positive) if guided else None
-            noise = torch.stack([self._noise(seeds[row], size) for row in rows])
-            found = pipelines.draw(self._pipeline, positive, against, noise, steps=steps, guidance=guidance,
-                                   sizes=conditioning.told(self.sizes, size, size), pixels=(size, size))
-            latents[rows] = found.float().cpu()
-            if decode:
-                images[rows] = self.decode(found)
-            done += len(rows)
-            if progress:
-                progress(done, len(prompts))
+        how = {"steps": steps, "guidance": guidance, "sizes": conditioning.told(self.sizes, size, size),
+               "pixels": (size, size)}
+        # operations of a small model use a second core badly, batches side by side use it well
+        abreast = torch.get_num_threads() if self.device.type == "cpu" and size <= _SMALL else 1
+        turns, done = list(self._batches(prompts, least, m, batch)), 0
+        for start in range(0, len(turns), abreast):
+            some, ready = turns[start : start + abreast], []
+            for chunks, rows in some:
+                positive = self.encode([prompts[row] for row in rows], vectors, chunks=chunks)
+                against = self._against(negative, with_prefix, positive) if guided else None
+                ready.append((positive, against, torch.stack([self._noise(seeds[row], size) for row in rows])))
+            made = side_by_side(lambda turn: self._drawn(*turn, decode, **how), ready)
+            for (_, rows), (found, drawn) in zip(some, made, strict=True):
+                latents[rows] = found
+                if drawn is not None:
+                    images[rows] = drawn
+                done += len(rows)
+                if progress:
+                    progress(done, len(prompts))
         return Samples(latents, images)
 
 

@@ -21,7 +21,6 @@ class Edited(Backend):
 
     def __init__(self, base: Backend, unet: nn.Module | None = None) -> None:
         self.__dict__.update(base.__dict__)
-        self.__dict__.pop("_pipeline", None)  # it holds the base's UNet
         if unet is not None:
             self.unet = unet
 

@@ -169,6 +169,23 @@ def test_sample_with_prefix_is_the_pipeline_with_its_states(backend: Backend) ->
     assert found.images.shape == (0, 64, 64, 3)
 
 
+def test_batches_abreast_are_those_one_by_one(backend: Backend) -> None:
+    threads, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        alone = backend.sample([*PROMPTS] * 2, range(2 * len(PROMPTS)), steps=2, batch=1)
+        torch.set_num_threads(3)
+        abreast = backend.sample([*PROMPTS] * 2, range(2 * len(PROMPTS)), steps=2, batch=1,
+                                 progress=lambda done, total: seen.append((done, total)))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(abreast.latents, alone.latents, atol=1e-5)
+    assert int(np.abs(abreast.images.astype(int) - alone.images.astype(int)).max()) <= 1
+    assert [done for done, _ in seen] == list(range(1, 2 * len(PROMPTS) + 1))
+    assert not abreast.latents.requires_grad
+
+
 def test_neither_batch_nor_neighbours_nor_global_state_matter(backend: Backend) -> None:
     together = backend.sample(PROMPTS, SEEDS, vectors=prefix(), steps=2)
     torch.manual_seed(99)
