@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apl_train.miniworld.denoiser import CONFIG, LATE, alphas_bar, draw_rows, encode_all
+from apl_train.miniworld.denoiser import CONFIG, LATE, alphas_bar, draw_rows, encode_all, ready_to_compile
 from apl_train.miniworld.fit import fast_dtype, fit
 from apl_train.miniworld.render import SIZE
 from apl_train.miniworld.text_tower import SECOND, pad_with
@@ -115,6 +115,7 @@ def train_unet_xl(folder: Path, build: Build, text: nn.Module, second: nn.Module
     rng = random.Random(17)
     some = torch.from_numpy(pairs.captioner.pad([r[0] for r in draw_rows(pairs, rng, LATE, 192)]))
     xl = from_sd1(unet, text, some).to(memory_format=torch.channels_last)
+    xl = ready_to_compile(xl) if compiled else xl
     second.requires_grad_(True)
     dtype, bar = fast_dtype(), alphas_bar()
     by_row: dict[int, list[int]] = {}

@@ -77,7 +77,11 @@ def fit(
 ) -> None:
     """Trains in place; when `ema` > 0 the modules end with the averaged weights. A finished stage returns at once.
 
-    minutes: give up after so long (the state stays, the next call goes on). Raises FloatingPointError on a NaN loss.
+    minutes: give up after so long (the state stays, the next call goes on).
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        RuntimeError: no gradient reaches some of the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / f"{name}.safetensors", folder / f"{name}.log.jsonl"
@@ -102,6 +106,8 @@ def fit(
         losses = step(draw, torch.Generator().manual_seed(seed * 1_000_003 + draw))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
+        if i == first:
+            _check_reached(name, modules)
         if world > 1:
             _average_gradients(parameters, world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -128,6 +134,14 @@ def fit(
             break
     for key, module in average.items():
         modules[key].load_state_dict(module.state_dict())
+
+
+def _check_reached(name: str, modules: dict[str, nn.Module]) -> None:
+    """Training looks healthy with most of a model standing still, which a faulty compiled backward has done to one."""
+    lost = [f"{m}.{k}" for m, module in modules.items() for k, p in module.named_parameters()
+            if p.requires_grad and (p.grad is None or not bool(p.grad.count_nonzero()))]
+    if lost:
+        raise RuntimeError(f"{name}: no gradient reaches {len(lost)} of the weights, such as {', '.join(lost[:3])}")
 
 
 def _average_gradients(parameters: list[nn.Parameter], world: int) -> None:

@@ -3,6 +3,7 @@ recogniser's blindfold."""
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from apl_train.miniworld.autoencoder import to_pixels
 from apl_train.miniworld.card import verification
-from apl_train.miniworld.denoiser import SCALING, SCHEDULE, alphas_bar, normalise_latents
+from apl_train.miniworld.denoiser import SCALING, SCHEDULE, alphas_bar, new_unet, normalise_latents, ready_to_compile
 from apl_train.miniworld.fit import fit
 from apl_train.miniworld.recogniser import Recogniser, Shape, blindfold, embed
 
@@ -50,6 +51,29 @@ def train(folder: Path, *, stop: int | None = None, ema: float = 0.9, spoil: int
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_weights_that_no_gradient_reaches_are_told_of(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 1), "cut": nn.Linear(3, 1)})
+
+    def step(_: int, __: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"loss": (model["used"](X) + 0 * model["cut"](X)).square().mean()}
+
+    with pytest.raises(RuntimeError, match=r"no gradient reaches 2 of the weights, such as net.cut.weight"):
+        fit("net", tmp_path, {"net": model}, step, steps=1, lr=0.1)
+
+
+def test_a_unet_made_ready_to_compile_is_the_same_one() -> None:
+    torch.manual_seed(0)
+    unet = new_unet()
+    ready = ready_to_compile(copy.deepcopy(unet))
+    assert list(ready.state_dict()) == list(unet.state_dict())
+    assert not any(type(module).__name__ == "Upsample2D" for module in ready.modules())
+    given = torch.randn(2, 4, 16, 16), torch.tensor([20, 700]), torch.randn(2, 77, 96)
+    for some in (unet, ready):
+        some(*given).sample.square().mean().backward()
+    for (name, one), two in zip(unet.named_parameters(), ready.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
