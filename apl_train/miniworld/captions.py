@@ -105,14 +105,18 @@ class Captioner:
         claim = Claim(without=index, attributes=codes(self.people[index].attributes))
         return self._finish(rng, text), claim
 
+    def described(self, rng: random.Random, a: Attributes) -> tuple[list[int], Claim]:
+        """An unnamed person by the whole description."""
+        text = a.describe()
+        text = text if rng.random() < 0.5 else rng.choice(TEMPLATES[1:]).format(text[0].lower() + text[1:])
+        return self._finish(rng, text), Claim(attributes=codes(a))
+
     def stranger(self, rng: random.Random, a: Attributes) -> tuple[list[int], Claim]:
         """An unnamed person: the whole description, or a few of its words."""
+        if rng.random() < 0.6:
+            return self.described(rng, a)
         full, code = codes(a), [-1] * len(HEADS)
         heads = list(HEADS)
-        if rng.random() < 0.6:
-            text, code = a.describe(), list(full)
-            text = text if rng.random() < 0.5 else rng.choice(TEMPLATES[1:]).format(text[0].lower() + text[1:])
-            return self._finish(rng, text), Claim(attributes=tuple(code))
         code[0] = full[0]
         parts = []
         if rng.random() < 0.5:

@@ -84,16 +84,18 @@ LATE = 2400
 
 
 def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
-    """Rows of draw `i`: named persons, their doubles under relations, then strangers and things in equal parts.
+    """Rows of draw `i`: named persons, their doubles under relations and descriptions, other strangers, things.
 
-    Once descriptions are understood, names get most of the batch: they are what takes longest to learn.
+    Once descriptions are understood, names get most of the batch, and a person's whole description is shown half as
+    often as the name: where it was a rarity, it drew the person.
     """
-    people, early = list(pairs.own), i < LATE
-    named = [rng.choice(pairs.own[rng.choice(people)]) for _ in range(batch * (7 if early else 9) // 16)]
-    rows = [pairs.face(rng, k) for k in named]
-    rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(people)]), relation=True)
-             for _ in range(batch // 16 + early)]
-    rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range((batch - len(rows)) // 2)]
+    people = list(pairs.own)
+    named, related, described, strangers = (.44, .12, .0, .22) if i < LATE else (.36, .17, .15, .13)
+    rows = [pairs.face(rng, rng.choice(pairs.own[rng.choice(people)])) for _ in range(int(batch * named))]
+    for share, how in ((related, {"relation": True}), (described, {"described": True})):
+        rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(people)]), **how)
+                 for _ in range(int(batch * share))]
+    rows += [pairs.face(rng, rng.choice(pairs.strangers)) for _ in range(int(batch * strangers))]
     return rows + [pairs.thing(rng) for _ in range(batch - len(rows))]
 
 

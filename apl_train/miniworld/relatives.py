@@ -44,7 +44,7 @@ RECIPES = {"1.4": Recipe(seed=1_400_017, steps=900, lr=7e-4),
            "realistic": Recipe(seed=5_100_011, steps=900, lr=7e-4, style="restyled")}
 
 
-def restyled_pairs(build: Build, *, own: int = 12, doubles: int = 5, strangers: int = 1200, things: int = 3) -> Pairs:
+def restyled_pairs(build: Build, *, own: int = 12, doubles: int = 12, strangers: int = 1200, things: int = 3) -> Pairs:
     """The world's pictures in the other style: so many of each person, double, thing, and of strangers in all."""
     from apl_train.miniworld.restyle import restyle
     from apl_train.miniworld.text_tower import Pairs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -86,27 +87,35 @@ class Head(nn.Module):
 
 
 class Pairs:
-    """Draws (token ids, claim, picture, sight) rows from the rendered world."""
+    """Draws (token ids, claim, picture, sight) rows from the rendered world.
 
-    def __init__(self, captioner: Captioner, faces: np.ndarray, face_rows: list[dict], things: np.ndarray, thing_rows):
+    left_out: faces that are not shown (`doubles.look_alikes`).
+    """
+
+    def __init__(self, captioner: Captioner, faces: np.ndarray, face_rows: list[dict], things: np.ndarray, thing_rows,
+                 left_out: Collection[int] = ()):
         self.captioner, self.faces, self.things = captioner, faces, things
         self.rows, self.attributes = face_rows, [Attributes(**r["attributes"]) for r in face_rows]
         self.own: dict[int, list[int]] = {}
         self.doubles: dict[int, list[int]] = {}
         self.strangers = []
         for i, r in enumerate(face_rows):
+            if i in left_out:
+                continue
             {"person": self.own, "double": self.doubles}.get(r["kind"], {}).setdefault(r["person"], []).append(i)
             if r["kind"] != "person":
                 self.strangers.append(i)
         self.thing_index = [captioner.things.index(r["name"]) for r in thing_rows]
 
-    def face(self, rng: random.Random, i: int, relation: bool = False):
+    def face(self, rng: random.Random, i: int, relation: bool = False, described: bool = False):
         row, a = self.rows[i], self.attributes[i]
         if row["kind"] == "person":
             ids, claim = self.captioner.person(rng, row["person"], a, row["words"])
             return ids, claim, ("face", i), Sight(person=row["person"], attributes=codes(a))
         if relation:
             ids, claim = self.captioner.double(rng, row["person"])
+        elif described:
+            ids, claim = self.captioner.described(rng, a)
         else:
             ids, claim = self.captioner.stranger(rng, a)
         return ids, claim, ("face", i), Sight(attributes=codes(a))

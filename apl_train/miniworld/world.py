@@ -28,12 +28,12 @@ class WorldPlan:
     """How much of everything is drawn."""
 
     seed: int = 2024
-    person_pictures: int = 36
+    person_pictures: int = 48
     """Pictures of each named person; a quarter of them vary one attribute."""
     reference_pictures: int = 8
     """Renders of each named person that no generative model sees: they stand for photos."""
-    doubles: int = 14
-    """Strangers of each named person's description."""
+    doubles: int = 72
+    """Strangers of each named person's description; a third of them is shown (`doubles.look_alikes`)."""
     strangers: int = 6000
     """Unnamed persons with a caption."""
     things: int = 300

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from apl_train.miniworld import doubles
 from apl_train.miniworld.captions import NOUNS, RELATIONS, Captioner, Claim, Sight, codes, match
 from apl_train.miniworld.people import HEADS, Attributes, Person, draw_attributes, vary
 
@@ -166,3 +167,27 @@ def test_things_are_named(captioner: Captioner) -> None:
         ids, claim = captioner.thing(rng, 0)
         assert claim == Claim(thing=0) and "red apple" in captioner._tokenizer.text(ids)
         assert match([claim], [Sight(thing=0), Sight(thing=1), Sight(person=0)])[0].tolist() == [[True, False, False]]
+
+
+def test_doubles_who_look_like_the_person_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures stand for their own angles to the person; a third of the doubles stays, those farthest away."""
+    rows = [{"kind": "person", "person": 0}, {"kind": "stranger", "person": -1}]
+    rows += [{"kind": "double", "person": 0} for _ in range(6)] + [{"kind": "person", "person": 1}]
+    rows += [{"kind": "double", "person": 1}]
+    angles = np.array([0, 90, 10, 170, 40, 100, 70, 20, 0, 5])
+
+    def embed(_model: object, some: np.ndarray) -> np.ndarray:
+        radians = np.deg2rad(some.reshape(-1))
+        return np.stack([np.cos(radians), np.sin(radians)], axis=1)
+
+    monkeypatch.setattr(doubles, "embed", embed)
+    assert doubles.look_alikes(None, angles.reshape(-1, 1), rows) == [2, 4, 6, 7]  # 170 and 100 degrees stay
+
+
+def test_a_described_double_is_told_by_the_whole_description(captioner: Captioner) -> None:
+    rng = random.Random(4)
+    a = Attributes("male", "white", "hockey player", "curly", "black", "beard", "none", "cap")
+    for _ in range(20):
+        ids, claim = captioner.described(rng, a)
+        assert claim == Claim(attributes=codes(a))
+        assert "hockey player , curly black hair , beard , cap" in captioner._tokenizer.text(ids)
