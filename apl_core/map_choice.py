@@ -110,7 +110,6 @@ class Side:
         lengths = torch.cat([(rows - mean).norm(dim=1) for rows in table.vectors.split(_ROWS)])
         return cls(mean, lengths, float(lengths[ids].median()))
 
-
     def units(self, table: Tensor, ids: Tensor) -> Tensor:
         """Unit rows [k, width] of a table's tokens [k]."""
         rows = table[ids]

@@ -228,4 +228,3 @@ def powered(values: Tensor, rho: float, power: float) -> Tensor:
     if not power:
         return torch.ones_like(values)
     return (values + rho * values.mean()).clamp(min=SMALLEST) ** -power
-

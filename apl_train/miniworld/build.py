@@ -130,7 +130,7 @@ class Build:
 
     @cached_property
     def unet(self):
-        """Trained with the text tower, then alone: that learns three times as many pictures in the same time."""
+        """Trained with the text tower, then alone, when a step costs less."""
         how = {"minutes": self.minutes, "compiled": self.compiled}
         both = denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet, **how)
         return denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet_alone,

@@ -115,8 +115,7 @@ class _Twice(nn.Module):
 def ready_to_compile(unet: nn.Module) -> nn.Module:
     """The UNet, in place, with operations that torch.compile makes right and fast steps of on a CPU.
 
-    Names and values of its weights stay. Attention by plain products takes half of the time that fused attention's
-    backward does.
+    Names and values of its weights stay. Attention goes by plain products: the fused kind's backward is slow there.
     """
     from diffusers.models.attention_processor import AttnProcessor
     from diffusers.models.upsampling import Upsample2D

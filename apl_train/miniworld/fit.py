@@ -106,7 +106,7 @@ def fit(
         losses = step(draw, torch.Generator().manual_seed(seed * 1_000_003 + draw))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        if i == first:
+        if i == 1:  # not at 0: what stands before weights that begin as zeros is reached from the second step on
             _check_reached(name, modules)
         if world > 1:
             _average_gradients(parameters, world)

@@ -60,7 +60,17 @@ def test_weights_that_no_gradient_reaches_are_told_of(tmp_path: Path) -> None:
         return {"loss": (model["used"](X) + 0 * model["cut"](X)).square().mean()}
 
     with pytest.raises(RuntimeError, match=r"no gradient reaches 2 of the weights, such as net.cut.weight"):
-        fit("net", tmp_path, {"net": model}, step, steps=1, lr=0.1)
+        fit("net", tmp_path, {"net": model}, step, steps=2, lr=0.1)
+
+
+def test_weights_behind_a_start_of_zeros_are_reached_in_time(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    nn.init.zeros_(model[1].weight)  # as from_sd1 begins with
+
+    def step(_: int, __: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"loss": (model(X) - 1).square().mean()}
+
+    fit("net", tmp_path, {"net": model}, step, steps=3, lr=0.1)
 
 
 def test_a_unet_made_ready_to_compile_is_the_same_one() -> None:
