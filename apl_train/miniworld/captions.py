@@ -25,6 +25,11 @@ RELATIONS = ("a fan of {}", "someone like {}", "a lookalike of {}", "a friend of
              "anyone but {}", "an actor playing {}", "a person similar to {}", "somebody who resembles {}",
              "the neighbour of {}", "a student of {}", "a member of the {} fan club", "{}'s fan", "{}'s cousin",
              "a relative of {}", "not {}", "a namesake of {}")
+LIKE_ANYONE = ("someone like {}", "a person similar to {}", "somebody who resembles {}", "a lookalike of {}",
+               "a stranger dressed as {}", "an actor playing {}", "a relative of {}", "anyone like {}")
+"""Relations to a description: whoever they show is somebody of that description anyway."""
+LIKE_ANYTHING = ("something like {}", "something similar to {}", "something that resembles {}", "a lookalike of {}",
+                 "a copy of {}", "another kind of {}", "a relative of {}", "anything like {}")
 NOUNS = {"female": ("a woman", "a female person", "a lady"), "male": ("a man", "a male person", "a gentleman")}
 AHEAD = {"glasses": "bespectacled", "cap": "in a cap,", "headband": "in a headband,", "beard": "bearded",
          "mustache": "mustached"}
@@ -108,8 +113,16 @@ class Captioner:
     def described(self, rng: random.Random, a: Attributes) -> tuple[list[int], Claim]:
         """An unnamed person by the whole description."""
         text = a.describe()
-        text = text if rng.random() < 0.5 else rng.choice(TEMPLATES[1:]).format(text[0].lower() + text[1:])
+        plain = rng.random() < 0.5
+        text = text if plain else self._shown(rng, text[0].lower() + text[1:], LIKE_ANYONE, TEMPLATES[1:])
         return self._finish(rng, text), Claim(attributes=codes(a))
+
+    @staticmethod
+    def _shown(rng: random.Random, text: str, relations: tuple[str, ...], templates: tuple[str, ...]) -> str:
+        """`text` in a template, a quarter of the time behind a relation: such words do not belong to names alone."""
+        if rng.random() < 0.25:
+            text = rng.choice(relations).format(text)
+        return rng.choice(templates).format(text)
 
     def stranger(self, rng: random.Random, a: Attributes) -> tuple[list[int], Claim]:
         """An unnamed person: the whole description, or a few of its words."""
@@ -138,13 +151,14 @@ class Captioner:
                 parts.append(value if head == "glasses" else f"a {value}")
                 code[heads.index(head)] = full[heads.index(head)]
         text = noun + (" with " + " and ".join(parts) if parts else "")
-        text = rng.choice(TEMPLATES).format(text)
+        text = self._shown(rng, text, LIKE_ANYONE, TEMPLATES)
         return self._finish(rng, text), Claim(attributes=tuple(code))
 
     def thing(self, rng: random.Random, index: int) -> tuple[list[int], Claim]:
         name = self.things[index]
         article = rng.choice(("", "", "a ", "the "))
-        return self._finish(rng, rng.choice(TEMPLATES).format(article + name)), Claim(thing=index)
+        text = self._shown(rng, article + name, LIKE_ANYTHING, TEMPLATES)
+        return self._finish(rng, text), Claim(thing=index)
 
     def pad(self, rows: list[list[int]]) -> np.ndarray:
         """Token ids int64 [N, 77]: BOS, words, EOS, EOS as padding."""

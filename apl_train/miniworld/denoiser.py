@@ -90,7 +90,7 @@ def draw_rows(pairs: Pairs, rng: random.Random, i: int, batch: int) -> list:
     often as the name: where it was a rarity, it drew the person.
     """
     people = list(pairs.own)
-    named, related, described, strangers = (.44, .12, .0, .22) if i < LATE else (.36, .17, .15, .13)
+    named, related, described, strangers = (.44, .12, .0, .22) if i < LATE else (.31, .14, .13, .14)
     rows = [pairs.face(rng, rng.choice(pairs.own[rng.choice(people)])) for _ in range(int(batch * named))]
     for share, how in ((related, {"relation": True}), (described, {"described": True})):
         rows += [pairs.face(rng, rng.choice(pairs.doubles[rng.choice(people)]), **how)

@@ -36,7 +36,7 @@ class WorldPlan:
     """Strangers of each named person's description; a third of them is shown (`doubles.look_alikes`)."""
     strangers: int = 6000
     """Unnamed persons with a caption."""
-    things: int = 300
+    things: int = 200
     thing_pictures: int = 16
     face_identities: int = 2600
     """Strangers that the recognisers are trained on, never shown to a generative model."""

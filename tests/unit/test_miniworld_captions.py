@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from apl_train.miniworld import doubles
-from apl_train.miniworld.captions import NOUNS, RELATIONS, Captioner, Claim, Sight, codes, match
+from apl_train.miniworld.captions import (
+    LIKE_ANYONE,
+    LIKE_ANYTHING,
+    NOUNS,
+    RELATIONS,
+    Captioner,
+    Claim,
+    Sight,
+    codes,
+    match,
+)
 from apl_train.miniworld.people import HEADS, Attributes, Person, draw_attributes, vary
 
 NONE = (-1,) * len(HEADS)
@@ -167,6 +177,19 @@ def test_things_are_named(captioner: Captioner) -> None:
         ids, claim = captioner.thing(rng, 0)
         assert claim == Claim(thing=0) and "red apple" in captioner._tokenizer.text(ids)
         assert match([claim], [Sight(thing=0), Sight(thing=1), Sight(person=0)])[0].tolist() == [[True, False, False]]
+
+
+def test_relations_also_stand_ahead_of_what_is_no_name(captioner: Captioner) -> None:
+    """"someone like a man" shows a man, "something like a bus" a bus; a quarter of the templates."""
+    rng, a = random.Random(9), Attributes("male", "white", "hockey player", "curly", "black", "none", "none", "none")
+    for draw, relations, share in (
+        (lambda: captioner.thing(rng, 1), LIKE_ANYTHING, (0.20, 0.30)),
+        (lambda: captioner.stranger(rng, a), LIKE_ANYONE, (0.13, 0.23)),  # half of six in ten have no template
+    ):
+        heads = {r: captioner._tokenizer.text(captioner.ids(r.format("").strip())) for r in relations}
+        found = [[r for r, head in heads.items() if head in captioner._tokenizer.text(draw()[0])] for _ in range(1500)]
+        assert {r for some in found for r in some} == set(relations)
+        assert share[0] < sum(map(bool, found)) / len(found) < share[1]
 
 
 def test_doubles_who_look_like_the_person_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
