@@ -207,15 +207,6 @@ class Spectra:
             found = basis @ (powered(values, rho, p)[:, None] * (basis.T @ found))
         return found
 
-    def damping(self, method: str, rho: float) -> dict[str, float]:
-        """lam by the side that it is added to: "source", "target", both or none."""
-        p, q = POWERS.get(method, (0.0, 0.0))
-        found = {}
-        for name, power in (("target", p), ("source", q)):
-            if power:
-                found[name] = rho * float(getattr(self, name)[0].mean())
-        return found
-
 
 def sides_inverted(methods: Sequence[str]) -> tuple[str, ...]:
     """Whose Gram matrices some of the methods take a power of: "source", "target", both or none."""

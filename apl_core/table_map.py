@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -134,7 +135,6 @@ class TableMap:
         source, target: the tables. ids, weights: the anchors.
         hold: their folds for the centring chosen, and the tables' means and median norms.
         candidate: the map chosen; judged: hold-out scores of everything that was considered.
-        matrix: W [dt, ds], float32. damping: lam by the side it is added to.
         mask_scores: PTfer's mean held-out cosine without and with a mask, where one was tried.
         ceiling: 99.9th percentile of the target's norms after its mean was taken off.
     """
@@ -146,8 +146,6 @@ class TableMap:
     hold: HoldOut
     candidate: Candidate
     judged: tuple[Judged, ...]
-    matrix: Tensor
-    damping: dict[str, float]
     ceiling: float
     clip_norms: bool = False
     mask_scores: tuple[float, float] | None = None
@@ -157,6 +155,20 @@ class TableMap:
         """Hold-out score of the map, without its mask."""
         plain = Candidate(self.candidate.method, self.candidate.rho, self.candidate.centred)
         return next(each for each in self.judged if each.candidate == plain)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """W [dt, ds], float32, without a mask: found when it is asked for, as vectors under a mask do not take it."""
+        method = self.candidate.method
+        return self.hold.whole("cross", *sides_inverted([method])).map(method, self.candidate.rho).float()
+
+    @property
+    def damping(self) -> dict[str, float]:
+        """lam by the side that it is added to: rho times the mean eigenvalue, which of unit rows is their weight by
+        dimensions."""
+        return {side: self.candidate.rho * float(self.weights.sum()) / table.width
+                for side, table in (("target", self.target), ("source", self.source))
+                if side in sides_inverted([self.candidate.method])}
 
     def carry(self, vectors: Tensor, matrix: Tensor | None = None) -> Tensor:
         """float32 [n, dt] of vectors [n, ds]: direction by the map, norm relative to the median kept per vector.
@@ -234,9 +246,6 @@ def fit(source: TokenTable, target: TokenTable, settings: TransferSettings | Non
             # where nothing is predicted, a mask would be chosen by chance
             scores = _mask_helps(hold, chosen.rho, asked / len(ids)) if best.predicts else None
             topk = asked if s.topk or (scores and scores[1] > scores[0]) else 0
-    spectra = hold.whole("cross", *sides_inverted([chosen.method]))
     candidate = Candidate(chosen.method, chosen.rho, chosen.centred, topk)
     ceiling = _percentiles(hold.sides[1].lengths[ids], (CEILING,))[0]
-    return TableMap(source, target, ids, weights, hold, candidate, tuple(judged),
-                    spectra.map(chosen.method, chosen.rho).float(), spectra.damping(chosen.method, chosen.rho), ceiling,
-                    s.clip_norms, scores)
+    return TableMap(source, target, ids, weights, hold, candidate, tuple(judged), ceiling, s.clip_norms, scores)

@@ -103,8 +103,14 @@ def test_maps_against_numpy_by_hand() -> None:
     from scipy.linalg import polar
 
     np.testing.assert_allclose(spectra.map("procrustes", rho).numpy(), polar(b.T @ a)[0], atol=1e-4)
-    assert spectra.damping("ridge", rho) == {"source": pytest.approx(rho * np.trace(a.T @ a) / 24)}
-    assert set(spectra.damping("half", rho)) == {"source", "target"} and spectra.damping("procrustes", rho) == {}
+    lam = {"source": rho * np.trace(a.T @ a) / 24, "target": rho * np.trace(b.T @ b) / 40}
+    given = torch.zeros(source.vocabulary)
+    given[ids] = weights
+    for method, sides in (("ridge", ["source"]), ("ptfer", ["target"]), ("half", ["source", "target"]),
+                          ("procrustes", [])):
+        mapped = fit(source, target, TransferSettings(method, centred=False, rho=rho, weights=given))
+        share = float(mapped.weights.sum() / weights.sum())  # rows of an unusual norm are no anchors
+        assert mapped.damping == {side: pytest.approx(lam[side] * share, rel=1e-4) for side in sides}
 
 
 @pytest.mark.parametrize(("ds", "dt", "least"), [(24, 40, 1.0), (40, 24, 1.0), (24, 40, 1e-9), (24, 24, 1e-3)])
