@@ -23,18 +23,17 @@ from apl_train.scoring import attribute_reader
 from apl_train.table import score_table
 from apl_train.training import resume, train
 
-NAME = "anonymize-miniature"
 _log = logging.getLogger("apl.demo")
 
 
 def _prefix(run: Path, backend: Backend, steps: int | None, cache: Path) -> tuple[AnonymizationPrompt, float]:
     """The run's prefix, trained now unless it is there; and the seconds that took."""
-    path, began = run / "prefix" / f"{NAME}.safetensors", time.monotonic()
+    path, began = run / "prefix" / f"{shipped.PREFIX}.safetensors", time.monotonic()
     if path.exists():
         return load_prefix(path), 0.0
     if (run / "config.yaml").exists():
         return resume(run, backend=backend, cache=cache), time.monotonic() - began
-    values = configs.preset("fast") | {"name": NAME} | ({"steps": steps} if steps else {})
+    values = configs.preset("fast") | {"name": shipped.PREFIX} | ({"steps": steps} if steps else {})
     return train(run, configs.from_dict(values), backend=backend, cache=cache), time.monotonic() - began
 
 
@@ -52,7 +51,7 @@ def run_demo(run: Path, *, steps: int | None = None, persons: int = 16, seeds: i
     attributes = attribute_reader(shipped.MINIATURE)
     seconds["load"] = time.monotonic() - began
     prompt, seconds["train"] = _prefix(run, backend, steps, cache)
-    prefix_path = run / "prefix" / f"{NAME}.safetensors"
+    prefix_path = run / "prefix" / f"{shipped.PREFIX}.safetensors"
     steps_next = next_steps(prefix_path)
     scores = Assessment(run, run, backend, prompt, people, embedder, attributes, cache, persons, seeds,
                         commands=steps_next, seconds=seconds).measure()

@@ -13,6 +13,8 @@ from apl_core.errors import ConfigError
 
 ASSETS = Path(__file__).with_name("miniworld") / "assets"
 MINIATURE = "miniature"
+PREFIX = "anonymize-miniature"
+"""The shipped prefix, in `embeddings/`."""
 FAMILY = ("miniature-1.4", "miniature-realistic", "miniature-sdxl")
 """Base models that ship as what they add to the miniature; the whole file is made at first use."""
 _SHIPPED = {

@@ -28,7 +28,7 @@ from .training_process import Plan, follow
 MINIATURE, NONE = "miniature", "none"
 SHIPPED = (MINIATURE, "miniature-sdxl")
 PRESETS = ("fast", "miniature", "miniature-guided", "miniature-pseudo", "miniature-sdxl", "null", "paper", "sd15-8gb",
-           "sd15-fast", "sd15-guided", "sd15-paper", "sd15-pseudo", "sdxl-paper")
+           "sd15-fast", "sd15-guided", "sd15-paper", "sd15-pseudo", "sdxl-fast", "sdxl-paper")
 REMOTE = "APL_ALLOW_REMOTE_TRAIN"
 TABLE = "metadata.csv"
 
@@ -148,7 +148,7 @@ class TrainAnonymizationPrompt(io.ComfyNode):
                 io.Combo.Input("preset", options=list(PRESETS), default="fast",
                                tooltip="Where all other settings start from: fast and miniature for the miniature, "
                                "sd15-... for Stable Diffusion 1.5 by memory and patience, paper as published, "
-                               "miniature-sdxl and sdxl-paper for their SDXL forms."),
+                               "miniature-sdxl, sdxl-fast and sdxl-paper for SDXL."),
                 io.String.Input("name", default="my-anonymization-prompt",
                                 tooltip="Name of the prefix: letters, digits, '-', '_' and single dots."),
                 io.Int.Input("steps", default=0, min=0, max=10_000_000,

@@ -28,7 +28,6 @@ from apl_train.persons import EvaluationSet, NeutralPrompt, read_evaluation_set
 from apl_train.scoring import attribute_reader
 
 RESULTS = claims.FILE.parent / "results" / "baselines.json"
-PREFIX = "anonymize-miniature"
 VERSION = 1
 Say = Callable[[str], None]
 
@@ -82,7 +81,7 @@ class Comparison:
         self.plan, self.say, self._results = plan, say, results
         self.backend = backend or Backend.load(shipped.locate("base_model", shipped.MINIATURE))
         people: EvaluationSet = read_evaluation_set(shipped.locate("persons", shipped.MINIATURE))
-        self.prompt = load_prefix(shipped.prefix_file(PREFIX))
+        self.prompt = load_prefix(shipped.prefix_file(shipped.PREFIX))
         self.tools = Instruments(people, load_embedder(shipped.recogniser(shipped.MINIATURE)),
                                  attribute_reader(shipped.MINIATURE), cache=cache)
         self.on_list = people.of_split("train")

@@ -134,7 +134,7 @@ class Build:
         how = {"minutes": self.minutes, "compiled": self.compiled}
         both = denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet, **how)
         return denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet_alone,
-                                   batch=64, name="unet-alone", start=both, seed=7, **how)
+                                   batch=64, name="unet-alone", start=both, seed=7, twins=32, **how)
 
     # -- the miniature SDXL ----------------------------------------------------------------------------------
 

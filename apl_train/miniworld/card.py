@@ -30,7 +30,6 @@ PHRASES = (
     "an anonymous stranger of the same kind as the famous {}",
 )
 """Hand-written controls; the best is chosen on S_ID, never on S_test."""
-PREFIX_NAME = "anonymize-miniature"
 
 
 def folder() -> Path:
@@ -156,7 +155,7 @@ def _write_into_file(prefix: str, scores: Mapping[str, Any]) -> None:
     save_prefix(AnonymizationPrompt(prompt.family, prompt.tensors, prompt.meta.with_fields(scores=kept)), path)
 
 
-def write_prefix_scores(prefix: str = PREFIX_NAME, cache: Path | None = None, seeds: int = 8,
+def write_prefix_scores(prefix: str = shipped.PREFIX, cache: Path | None = None, seeds: int = 8,
                         final: bool = False) -> tuple[dict[str, Any], str]:
     """Measures the shipped prefix with every control; writes benchmarks/prefix.json and its claims.
 

@@ -26,7 +26,7 @@ from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import claims, shipped
 from apl_train.drift import random_vectors
 from apl_train.grids import labelled, to_png
-from apl_train.miniworld.card import PREFIX_NAME, Bench, folder
+from apl_train.miniworld.card import Bench, folder
 
 RELATIVES = ("miniature-1.4", "miniature-realistic")
 SDXL, NATIVE = "miniature-sdxl", "anonymize-miniature-sdxl"
@@ -84,7 +84,7 @@ def _scores(bench: Bench, prompt: Any, seeds: int, *conditions: str) -> dict[str
     return bench.evaluate(prompt, splits=("test",), conditions=("off", *conditions), seeds=seeds)
 
 
-def measure_relatives(cache: Path, seeds: int = 4, prefix: str = PREFIX_NAME) -> dict[str, Any]:
+def measure_relatives(cache: Path, seeds: int = 4, prefix: str = shipped.PREFIX) -> dict[str, Any]:
     """The shipped prefix on the first miniature and on its relatives; writes the claims."""
     prompt, rows = load_prefix(shipped.prefix_file(prefix)), {}
     for model in (shipped.MINIATURE, *RELATIVES):
@@ -104,7 +104,7 @@ def _captions() -> list[str]:
     return shipped.locate("captions", shipped.MINIATURE).read_text(encoding="utf-8").splitlines()
 
 
-def carried_prefixes(prefix: str = PREFIX_NAME) -> dict[str, AnonymizationPrompt]:
+def carried_prefixes(prefix: str = shipped.PREFIX) -> dict[str, AnonymizationPrompt]:
     """The SD1 prefix in the miniature SDXL's token spaces: by every method, and by the one chosen on held-out tokens.
 
     Tokens weigh as often as the world's captions use them: most of its vocabulary was hardly trained.
@@ -204,7 +204,7 @@ def write_carried(cache: Path | None = None, only: Sequence[str] = ("relatives",
 
 def write_picture(cache: Path, carried: AnonymizationPrompt | None = None) -> Path:
     """docs/figures/family.png: six unseen persons and two things on every model, without and with the one prefix."""
-    prompt = load_prefix(shipped.prefix_file(PREFIX_NAME))
+    prompt = load_prefix(shipped.prefix_file(shipped.PREFIX))
     rows, labels = [], []
     for model in (shipped.MINIATURE, *RELATIVES, SDXL):
         bench = Bench(cache, model)

@@ -16,7 +16,6 @@ from apl_core.atomic import write_with
 from apl_core.prefix import load_prefix
 from apl_train import claims, shipped
 from apl_train.backend import Backend
-from apl_train.miniworld.card import PREFIX_NAME
 from apl_train.persons import read_evaluation_set
 from apl_train.tables.command import evaluate_tables
 from apl_train.tables.settings import read_settings
@@ -35,7 +34,7 @@ def write_figures(run: Path | None = None, say: Callable[[str], None] = lambda _
 def write_before_after(persons: int = 8) -> Path:
     """The picture at the top of README.md: unseen persons without the prefix, with it, and their descriptions alone."""
     backend = Backend.load(shipped.locate("base_model", shipped.MINIATURE))
-    prompt = load_prefix(shipped.prefix_file(PREFIX_NAME))
+    prompt = load_prefix(shipped.prefix_file(shipped.PREFIX))
     people = read_evaluation_set(shipped.locate("persons", shipped.MINIATURE)).of_split("test", persons)
     named, described = [f"A close-up portrait of {p.name}" for p in people], [p.description for p in people]
     seeds = list(range(100, 100 + persons))

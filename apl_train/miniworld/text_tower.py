@@ -120,6 +120,16 @@ class Pairs:
             ids, claim = self.captioner.stranger(rng, a)
         return ids, claim, ("face", i), Sight(attributes=codes(a))
 
+    def twin(self, rng: random.Random, row: tuple) -> list[int] | None:
+        """Another caption of a row that says as much of its picture: of things, and of persons by all of their
+        description. None for any other."""
+        _, claim, (_, i), _ = row
+        if claim.thing >= 0:
+            return self.captioner.thing(rng, claim.thing)[0]
+        if claim.person < 0 and claim.without < 0 and min(claim.attributes) >= 0:
+            return self.captioner.described(rng, self.attributes[i])[0]
+        return None
+
     def thing(self, rng: random.Random):
         i = rng.randrange(len(self.things))
         ids, claim = self.captioner.thing(rng, self.thing_index[i])

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from apl_core.atomic import write_text
-from apl_train import claims
+from apl_core.onnx_models import file_hash
+from apl_core.prefix import load_prefix
+from apl_train import claims, shipped
 from apl_train.table import measured, number
 from apl_train.tables.results import PAPER, cell_text, command, read_all
 
@@ -63,7 +65,7 @@ def _section(table: Mapping[str, Any], figures: str) -> str:
     has_paper = any(row["paper"] for row in table["rows"])
     columns = table["columns"]
     head = "| | " + " | ".join(c["label"] for c in columns) + " |"
-    lines = [title, "", f"`{table['command']}`", "", head, "|---" * (len(columns) + 1) + "|"]
+    lines = [title, "", f"`{table['command']}`", "", *_of_earlier_files(table), head, "|---" * (len(columns) + 1) + "|"]
     for row in table["rows"]:
         name = row["name"] + (f" *({row['note']})*" if row["note"] else "")
         lines.append("| " + " | ".join([name, *(_cell(row, c, has_paper) for c in columns)]) + " |")
@@ -73,6 +75,16 @@ def _section(table: Mapping[str, Any], figures: str) -> str:
     if table["preset"] == "miniature":
         lines += [f"![{table['title']}]({figures}/{name})\n" for name in table["figures"]]
     return "\n".join([*lines, f"<sub>{_conventions(table['conventions'])}</sub>", ""])
+
+
+def _of_earlier_files(table: Mapping[str, Any]) -> list[str]:
+    """A warning above figures of a miniature, or of its prefix, that has been replaced since."""
+    if table["preset"] != "miniature":
+        return []
+    now = {"model": file_hash(shipped.locate("base_model", shipped.MINIATURE))[:12],
+           "prefix": load_prefix(shipped.prefix_file(shipped.PREFIX)).content_hash[:12]}
+    found = [word for word, digits in now.items() if digits not in table["conventions"].get(word, digits)]
+    return [f"**Of an earlier {' and '.join(found)}**; not run again since.", ""] if found else []
 
 
 def _cell(row: Mapping[str, Any], column: Mapping[str, Any], has_paper: bool) -> str:

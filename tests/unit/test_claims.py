@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from apl_core.errors import ConfigError, ScoreError
+from apl_core.prefix import load_prefix
 from apl_train import claims, cli
 
 ROOT = Path(claims.__file__).resolve().parent.parent
@@ -44,6 +45,7 @@ def test_record_keeps_other_rows_and_the_order(tmp_path: Path) -> None:
     assert known["filler"] == {
         "id": "filler", "issue": "main", "claim": claims.TARGETS["filler"].claim, "bound": ">= 0.90", "measured": 0.95,
         "ci95": [0.9, 1.0], "n": 32, "command": "apl miniworld card", "holds": True,
+        "measured_on": {"world": known["filler"]["measured_on"]["world"]},
     }
     assert known["base-id-acc"]["holds"] is False and known["base-id-acc"]["ci95"] is None
     assert known["on-test"]["measured"] == 0.12346 and known["on-test"]["holds"] is True
@@ -63,6 +65,43 @@ def test_rows_are_as_the_targets_say_now(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(claims.TARGETS, "filler", dataclasses.replace(claims.TARGETS["filler"], bound=">= 0.99"))
     claims.record({"filler": (0.95, None, 1)}, file)
     assert {row["id"]: row["holds"] for row in claims.read(file)}["filler"] is False
+
+
+def test_a_figure_of_files_that_have_changed_since_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another world, or another prefix; what depends on neither stays, and recording keeps no stale figure."""
+    file = tmp_path / "claims.json"
+    claims.record({"filler": (0.95, None, 1), "on-test": (0.1, None, 1), "flops-paper": (0.3, None, 1)}, file)
+
+    def measured() -> dict[str, float | None]:
+        rows = {row["id"]: row for row in claims.read(file)}
+        return {key: rows[key]["measured"] for key in ("filler", "on-test", "flops-paper")}
+
+    assert measured() == {"filler": 0.95, "on-test": 0.1, "flops-paper": 0.3}
+    now = claims._hash
+    monkeypatch.setattr(claims, "_hash", lambda kind: "another" if kind == "prefix" else now(kind))
+    assert measured() == {"filler": 0.95, "on-test": None, "flops-paper": 0.3}
+    monkeypatch.setattr(claims, "_hash", lambda kind: "another" if kind == "world" else now(kind))
+    assert measured() == {"filler": None, "on-test": None, "flops-paper": 0.3}
+    claims.record({"filler": (0.97, None, 1)}, file)
+    monkeypatch.setattr(claims, "_hash", now)
+    assert measured() == {"filler": None, "on-test": None, "flops-paper": 0.3}
+
+
+def test_what_figures_are_of_changes_with_the_shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model" / "relatives").mkdir(parents=True)
+    (tmp_path / "model_xl").mkdir()
+    for name in ("model/miniature-sd1", "model/relatives/miniature-1.4", "model_xl/miniature-sdxl"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    monkeypatch.setattr(claims.shipped, "ASSETS", tmp_path)
+    world, family = claims._hash("world"), claims._hash("family")
+    assert len(world) == len(family) == 8 and world != family
+    (tmp_path / "model_xl" / "miniature-sdxl.safetensors").write_bytes(b"trained again")
+    assert claims._hash("world") == world and claims._hash("family") != family
+    (tmp_path / "model" / "miniature-sd1.safetensors").write_bytes(b"trained again")
+    assert claims._hash("world") != world
+    assert claims._hash("prefix") == load_prefix(claims.shipped.prefix_file("anonymize-miniature")).content_hash[:8]
 
 
 def test_nothing_is_written_for_an_unknown_id_or_a_figure_that_is_none(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from apl_train.miniworld import doubles
+from apl_train.miniworld import denoiser, doubles, text_tower
 from apl_train.miniworld.captions import (
     LIKE_ANYONE,
     LIKE_ANYTHING,
@@ -190,6 +190,29 @@ def test_relations_also_stand_ahead_of_what_is_no_name(captioner: Captioner) -> 
         found = [[r for r, head in heads.items() if head in captioner._tokenizer.text(draw()[0])] for _ in range(1500)]
         assert {r for some in found for r in some} == set(relations)
         assert share[0] < sum(map(bool, found)) / len(found) < share[1]
+
+
+def test_a_twin_says_as_much_of_the_same_picture(captioner: Captioner) -> None:
+    """Rows that name somebody, leave somebody out or say a part of the description have none."""
+    rng = random.Random(11)
+    strangers = [draw_attributes(rng) for _ in range(6)]
+    rows = [{"kind": "stranger", "person": -1, "attributes": vars(a), "words": ""} for a in strangers]
+    rows += [{"kind": kind, "person": 0, "attributes": vars(captioner.people[0].attributes), "words": ""}
+             for kind in ("person", "double")]
+    pictures = np.zeros((8, 1, 1, 3), np.uint8)
+    pairs = text_tower.Pairs(captioner, pictures, rows, pictures[:2], [{"name": "red apple"}, {"name": "bus"}])
+    drawn = [pairs.thing(rng) for _ in range(20)] + [pairs.face(rng, i % 6, described=True) for i in range(20)]
+    drawn += [pairs.face(rng, 6), pairs.face(rng, 7, relation=True)]
+    drawn += [row for i in range(80) if -1 in (row := pairs.face(rng, i % 6))[1].attributes]
+    places, captions = denoiser.draw_twins(pairs, rng, drawn, 40)
+    assert sorted(places) == list(range(40)) and len(captions) == 40
+    for place, ids in zip(places, captions, strict=True):
+        _, claim, (kind, i), _ = drawn[place]
+        text = captioner._tokenizer.text(ids)
+        said = captioner.things[claim.thing] if kind == "thing" else strangers[i].describe()[2:]
+        assert captioner._tokenizer.text(captioner.ids(said)) in text
+    assert sum(ids != drawn[k][0] for k, ids in zip(places, captions, strict=True)) > 30
+    assert len(denoiser.draw_twins(pairs, rng, drawn[:3], 8)[0]) == 8
 
 
 def test_doubles_who_look_like_the_person_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

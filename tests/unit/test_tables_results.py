@@ -87,6 +87,21 @@ def test_the_committed_document_is_what_the_committed_results_say(tmp_path: Path
                 assert (root / "docs" / "figures" / figure).is_file()
 
 
+def test_tables_of_files_that_have_been_replaced_say_so() -> None:
+    """By the hashes among a table's conventions, which every run writes down."""
+    now = document.file_hash(document.shipped.locate("base_model", "miniature"))[:12]
+    prefix = document.load_prefix(document.shipped.prefix_file("anonymize-miniature")).content_hash[:12]
+    own = {"model": f"miniature-sd1; sha256 {now}", "prefix": f"anonymize-miniature, m 10; {prefix}"}
+    table = {"preset": "miniature", "conventions": own}
+    assert document._of_earlier_files(table) == []
+    assert document._of_earlier_files({"preset": "miniature", "conventions": {"model": own["model"]}}) == []
+    other = table | {"conventions": own | {"model": "miniature-sd1; sha256 0123456789ab"}}
+    assert document._of_earlier_files(other)[0] == "**Of an earlier model**; not run again since."
+    other = table | {"conventions": dict.fromkeys(own, "x; 0123456789ab")}
+    assert document._of_earlier_files(other)[0].startswith("**Of an earlier model and prefix**")
+    assert document._of_earlier_files(other | {"preset": "sd15"}) == []
+
+
 def test_only_known_and_measured_claims_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "FILE", tmp_path / "claims.json")
     command.record({"levels-fall": {"value": 0.0, "n": 6}, "no-reg": {"value": None}, "unheard-of": {"value": 1.0}})

@@ -141,6 +141,13 @@ def test_dry_run_and_estimate_know_both_encoders(world, checkpoint: Path) -> Non
     assert offloaded.weights == sizes[0]
 
 
+def test_the_fast_preset_draws_targets_from_a_bank() -> None:
+    """What its share of the paper's work rests on (benchmarks/step_cost_sdxl.py): every target is drawn 15 times."""
+    config = from_dict(preset("sdxl-fast"))
+    assert config.steps * config.batch_size / config.bank == 15 and not config.gradient_checkpointing
+    assert config.steps * config.batch_size < from_dict(preset("sdxl-paper")).steps
+
+
 @pytest.mark.parametrize("name", ["sdxl-paper", "miniature-sdxl"])
 def test_presets_are_settings(name: str) -> None:
     config = from_dict(preset(name))
