@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from apl_core.atomic import write_json, write_text
-from apl_core.errors import ConfigError, ScoreError
+from apl_core.errors import APLError, ConfigError, ScoreError
 from apl_core.prefix import load_prefix
 from apl_train import shipped
 from apl_train.claim_targets import MEASURED_ON, TARGETS
@@ -66,7 +66,15 @@ def _file_hash(path: Path, _changed: int) -> str:
 
 
 def _hash(kind: str) -> str:
-    """Eight hex digits of what ships as "world", "family" or "prefix" (of its tensors: its scores may change)."""
+    """Eight hex digits of what ships as "world", "family" or "prefix" (of its tensors: its scores may change); in an
+    installation without it "missing", of which no figure is."""
+    try:
+        return _hash_of_files(kind)
+    except (APLError, OSError):
+        return "missing"
+
+
+def _hash_of_files(kind: str) -> str:
     if kind == "prefix":
         return load_prefix(shipped.prefix_file(shipped.PREFIX)).content_hash[:8]
     model = shipped.ASSETS / "model"

@@ -101,6 +101,8 @@ def test_what_figures_are_of_changes_with_the_shipped_files(tmp_path: Path, monk
     assert claims._hash("world") == world and claims._hash("family") != family
     (tmp_path / "model" / "miniature-sd1.safetensors").write_bytes(b"trained again")
     assert claims._hash("world") != world
+    (tmp_path / "model" / "miniature-sd1.safetensors").unlink()
+    assert claims._hash("world") == "missing"  # as in an installation from a wheel
     assert claims._hash("prefix") == load_prefix(claims.shipped.prefix_file("anonymize-miniature")).content_hash[:8]
 
 
