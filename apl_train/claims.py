@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from apl_core.atomic import write_json, write_text
 from apl_core.errors import APLError, ConfigError, ScoreError
+from apl_core.onnx_models import file_hash
 from apl_core.prefix import load_prefix
 from apl_train import shipped
 from apl_train.claim_targets import MEASURED_ON, TARGETS
@@ -44,43 +44,34 @@ def read(file: Path | None = None) -> list[dict[str, Any]]:
     """Every target with what is known of it, in the order of `TARGETS`."""
     file = file or FILE
     known = {r["id"]: r for r in json.loads(file.read_text(encoding="utf-8"))} if file.exists() else {}
+    now = {kind: _hash(kind) for kind in ("world", "family", "prefix")}
     rows = []
     for key in TARGETS:
-        row = _blank(key)
+        row = _blank(key, now)
         if (found := known.get(key)) and found.get("measured_on", {}) == row["measured_on"]:
             row |= {k: found[k] for k in ("measured", "ci95", "n", "holds")}
         rows.append(row)
     return rows
 
 
-def _blank(key: str) -> dict[str, Any]:
+def _blank(key: str, now: Mapping[str, str]) -> dict[str, Any]:
     t = TARGETS[key]
     return {"id": key, "issue": t.issue, "claim": t.claim, "bound": t.bound, "measured": None, "ci95": None, "n": None,
             "command": t.command, "holds": None,
-            "measured_on": {kind: _hash(kind) for kind in MEASURED_ON.get(t.command, ())}}
-
-
-@lru_cache
-def _file_hash(path: Path, _changed: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+            "measured_on": {kind: now[kind] for kind in MEASURED_ON.get(t.command, ())}}
 
 
 def _hash(kind: str) -> str:
-    """Eight hex digits of what ships as "world", "family" or "prefix" (of its tensors: its scores may change); in an
-    installation without it "missing", of which no figure is."""
-    try:
-        return _hash_of_files(kind)
-    except (APLError, OSError):
-        return "missing"
-
-
-def _hash_of_files(kind: str) -> str:
-    if kind == "prefix":
-        return load_prefix(shipped.prefix_file(shipped.PREFIX)).content_hash[:8]
+    """Eight hex digits of what ships as "world", "family" or "prefix"; "missing" in an installation without it."""
     model = shipped.ASSETS / "model"
-    files = [model / "miniature-sd1.safetensors"] if kind == "world" else [
-        *sorted((model / "relatives").glob("*.safetensors")), *(shipped.ASSETS / "model_xl").glob("*.safetensors")]
-    return hashlib.sha256("".join(_file_hash(f, f.stat().st_mtime_ns) for f in files).encode()).hexdigest()[:8]
+    try:
+        if kind == "prefix":  # of its tensors alone: its scores are written into it afterwards
+            return load_prefix(shipped.prefix_file(shipped.PREFIX)).content_hash[:8]
+        files = [model / "miniature-sd1.safetensors"] if kind == "world" else [
+            *sorted((model / "relatives").glob("*.safetensors")), *(shipped.ASSETS / "model_xl").glob("*.safetensors")]
+        return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:8]
+    except APLError:
+        return "missing"
 
 
 def record(

@@ -187,7 +187,8 @@ def measure_transfer(cache: Path, seeds: int = 4, found: dict[str, Any] | None =
 
 
 def write_carried(cache: Path | None = None, only: Sequence[str] = ("relatives", "transfer")) -> tuple[dict, str]:
-    """Measures; writes benchmarks/carried.json and the claims. Returns (figures, a table for people)."""
+    """Measures; writes benchmarks/carried.json and the claims. Returns (figures, a table for people), of `only`: the
+    rest of the file may be of other models."""
     path = folder() / "carried.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "relatives" in only:
@@ -199,7 +200,8 @@ def write_carried(cache: Path | None = None, only: Sequence[str] = ("relatives",
                                              save=lambda: write_json(path, found))
         write_json(path, found)
     write_picture(cache or Path("runs/cache"))
-    return found, table(found)
+    measured = {part: found[part] for part in only}
+    return measured, table(measured)
 
 
 def write_picture(cache: Path, carried: AnonymizationPrompt | None = None) -> Path:
