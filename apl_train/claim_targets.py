@@ -178,8 +178,9 @@ TARGETS: dict[str, Target] = {
 
 MEASURED_ON: dict[str, tuple[str, ...]] = {
     CARD: ("world",), SAMPLES: ("world",), PREFIX: ("world", "prefix"), DEMO: ("world", "prefix"),
-    RELATIVES: ("world", "family", "prefix"), CARRY: ("world", "family", "prefix"),
+    RELATIVES: ("world", "relatives", "prefix"), CARRY: ("world", "sdxl", "prefix"),
     **dict.fromkeys((FIG5, FIG6, FIG7, TABLE2, BASELINES, f"{BEYOND} strength", f"{BEYOND} pseudo", COMFY_PICTURES,
                      WEBUI_PICTURES), ("world", "prefix")),
 }
-"""Which of what ships a command's figures are of: the miniature world, its other models, the shipped prefix."""
+"""Which of what ships a command's figures are of: the miniature world, its relatives, the
+miniature SDXL, the shipped prefix."""

@@ -44,7 +44,7 @@ def read(file: Path | None = None) -> list[dict[str, Any]]:
     """Every target with what is known of it, in the order of `TARGETS`."""
     file = file or FILE
     known = {r["id"]: r for r in json.loads(file.read_text(encoding="utf-8"))} if file.exists() else {}
-    now = {kind: _hash(kind) for kind in ("world", "family", "prefix")}
+    now = {kind: _hash(kind) for kind in ("world", "relatives", "sdxl", "prefix")}
     rows = []
     for key in TARGETS:
         row = _blank(key, now)
@@ -62,14 +62,17 @@ def _blank(key: str, now: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _hash(kind: str) -> str:
-    """Eight hex digits of what ships as "world", "family" or "prefix"; "missing" in an installation without it."""
+    """Eight hex digits of what ships as "world", "relatives", "sdxl" or "prefix"; "missing" where it does not."""
     model = shipped.ASSETS / "model"
+    files = {"world": [model / "miniature-sd1.safetensors"],
+             "relatives": sorted((model / "relatives").glob("*.safetensors")),
+             "sdxl": sorted((shipped.ASSETS / "model_xl").glob("*.safetensors"))}
     try:
         if kind == "prefix":  # of its tensors alone: its scores are written into it afterwards
             return load_prefix(shipped.prefix_file(shipped.PREFIX)).content_hash[:8]
-        files = [model / "miniature-sd1.safetensors"] if kind == "world" else [
-            *sorted((model / "relatives").glob("*.safetensors")), *(shipped.ASSETS / "model_xl").glob("*.safetensors")]
-        return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:8]
+        if not files[kind]:
+            return "missing"
+        return hashlib.sha256("".join(map(file_hash, files[kind])).encode()).hexdigest()[:8]
     except APLError:
         return "missing"
 

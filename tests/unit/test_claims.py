@@ -95,10 +95,13 @@ def test_what_figures_are_of_changes_with_the_shipped_files(tmp_path: Path, monk
     for name in ("model/miniature-sd1", "model/relatives/miniature-1.4", "model_xl/miniature-sdxl"):
         (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
     monkeypatch.setattr(claims.shipped, "ASSETS", tmp_path)
-    world, family = claims._hash("world"), claims._hash("family")
-    assert len(world) == len(family) == 8 and world != family
+    world, relatives, sdxl = (claims._hash(kind) for kind in ("world", "relatives", "sdxl"))
+    assert len({world, relatives, sdxl}) == 3 and {len(world), len(relatives), len(sdxl)} == {8}
     (tmp_path / "model_xl" / "miniature-sdxl.safetensors").write_bytes(b"trained again")
-    assert claims._hash("world") == world and claims._hash("family") != family
+    assert [claims._hash(kind) for kind in ("world", "relatives")] == [world, relatives]
+    assert claims._hash("sdxl") != sdxl
+    (tmp_path / "model" / "relatives" / "miniature-1.4.safetensors").unlink()
+    assert claims._hash("relatives") == "missing"
     (tmp_path / "model" / "miniature-sd1.safetensors").write_bytes(b"trained again")
     assert claims._hash("world") != world
     (tmp_path / "model" / "miniature-sd1.safetensors").unlink()
