@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--neutral", type=int, default=8, help="neutral prompts of each kind")
     parser.add_argument("--identities", type=int, default=16, help="pseudo: faces bound to words")
     parser.add_argument("--inversion-steps", type=int, default=150, help="pseudo: steps of textual inversion")
-    parser.add_argument("--taught", type=int, default=2, help="pseudo: persons that DreamBooth teaches")
+    parser.add_argument("--taught", type=int, default=6, help="pseudo: persons that DreamBooth teaches")
     parser.add_argument("--taught-steps", type=int, default=100, help="pseudo: steps of DreamBooth")
     parser.add_argument("--docs", action="store_true", help=f"only write the table of {DOCS.name}")
     args = parser.parse_args()

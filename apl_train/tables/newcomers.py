@@ -2,7 +2,9 @@
 
 Every newcomer is taught on a copy of the model; every so many iterations pictures of "[V] [noun]" are taken without and
 with the prefix at equal seeds (paper sec. 4.4; there 50 persons of VGGFace2, 800 iterations: 0.53 off, 0.43 on). A
-second prefix, learned with the evaluation's `pseudo_preset`, met faces bound to new words while it was learned.
+second prefix, learned with the evaluation's `pseudo_preset`, met faces bound to new words while it was learned. The
+description alone (c2) is drawn as well: where the copy draws its person under that too, no prefix that leads to c2 can
+take the likeness away.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ PAPER = {"off": 0.53, "on": 0.43}
 """Sec. 4.4, at 800 iterations; the paper gives no other figure in words."""
 ON = {"on": "on", "pseudo": "with pseudo-identities"}
 """Condition -> its words, where a prefix is on."""
+DESCRIPTION = "description"
 
 
 def noun_of(person: PersonRecord) -> str:
@@ -79,7 +82,8 @@ def measure(ev: Evaluation) -> Table:
     marks = iterations(size)
     prefixes = prefixes_of(ev, size)
     key = {"newcomers": people.sha256, "model": ev.base.sha256, "dreambooth": dataclasses.asdict(settings),
-           "marks": marks, "seeds": size.seeds, "prefixes": {k: p.content_hash for k, p in prefixes.items()},
+           "marks": marks, "seeds": size.seeds, "control": DESCRIPTION,
+           "prefixes": {k: p.content_hash for k, p in prefixes.items()},
            "template": ev.settings.template,
            "steps": ev.settings.steps, "guidance": ev.settings.guidance, "models": dict(ev.tools.hashes())}
     cells = [Cell(f"fig5 {p.name}", key | {"person": p.name}, len(marks)) for p in persons]
@@ -120,17 +124,18 @@ def iterations(size: Size) -> list[int]:
 def curve(ev: Evaluation, prefixes: Mapping[str, AnonymizationPrompt], pictures: NDArray[np.uint8],
           person: PersonRecord, reference: NDArray, settings: DreamBooth, marks: Sequence[int],
           size: Size) -> NDArray[np.float32]:
-    """Similarities of one newcomer's pictures, float32 [marks, 1 + prefixes (off, then each), seeds]; NaN without a
-    face."""
+    """Similarities of one newcomer's pictures, float32 [marks, 2 + prefixes (off, each, description), seeds]; NaN
+    without a face."""
     noun = noun_of(person)
     prompt = ev.settings.template.replace("{}", subject(settings, noun))
     seeds = [Shot(person.name, prompt, k).seed for k in range(size.seeds)]
     teaching = Teaching(ev.base, pictures, noun, settings)
-    rows = np.full((len(marks), 1 + len(prefixes), size.seeds), np.nan, np.float32)
+    drawn = [*((prompt, vectors) for vectors in (None, *prefixes.values())), (person.description, None)]
+    rows = np.full((len(marks), len(drawn), size.seeds), np.nan, np.float32)
     for i, mark in enumerate(marks):
         teaching.teach(mark - teaching.step)
-        for j, vectors in enumerate((None, *prefixes.values())):
-            images = teaching.backend.sample([prompt] * len(seeds), seeds, vectors=vectors, steps=ev.settings.steps,
+        for j, (text, vectors) in enumerate(drawn):
+            images = teaching.backend.sample([text] * len(seeds), seeds, vectors=vectors, steps=ev.settings.steps,
                                              guidance=ev.settings.guidance).images
             for k, faces in enumerate(ev.tools.embedder.faces_of(list(images))):
                 if faces:
@@ -157,6 +162,8 @@ def _table(ev: Evaluation, size: Size, settings: DreamBooth, persons: Sequence[P
             pair = id_scores.paired_bootstrap(off, on)
             values |= {condition: pair.on, _ratio(condition): pair.ratio, f"faces_{condition}": id_scores.face_rate(on)}
             points.append(point(mark, pair.on, ON[condition]))
+        values[DESCRIPTION] = id_scores.cluster_bootstrap(persons_at(persons, found[:, i, -1]))
+        points.append(point(mark, values[DESCRIPTION], "description alone"))
         is_last = mark == marks[-1]
         rows.append(Row(f"{mark} iterations", values,
                         {**PAPER, "ratio": PAPER["on"] / PAPER["off"]} if is_last else {},
@@ -167,6 +174,7 @@ def _table(ev: Evaluation, size: Size, settings: DreamBooth, persons: Sequence[P
     columns = [Column("off", "ID-ACC off")]
     for condition in conditions:
         columns += [Column(condition, f"ID-ACC {ON[condition]}"), Column(_ratio(condition), f"{ON[condition]} / off")]
+    columns.append(Column(DESCRIPTION, "ID-ACC of the description alone"))
     columns += [Column("faces_off", "with a face, off", 2), *(Column(f"faces_{c}", ON[c], 2) for c in conditions)]
     fall = rows[-1].values[_ratio(conditions[-1])]  # of the prefix that was made for this, where there is one
     claims = {"dreambooth-drop": {"value": None if np.isnan(fall.value) else 1 - fall.value, "n": len(persons),

@@ -89,8 +89,8 @@ def test_every_condition_is_what_a_loop_by_hand_draws(
     monkeypatch.setattr(newcomers, "trained", lambda ev, size, preset: asked.append((size, preset)) or prefix(2))
     table = newcomers.measure(evaluation(people, backend, tmp_path, monkeypatch, pseudo_preset="miniature-pseudo"))
     assert asked == [(SIZE, "miniature-pseudo")]
-    assert [c.key for c in table.columns] == ["off", "on", "ratio", "pseudo", "pseudo_ratio", "faces_off", "faces_on",
-                                              "faces_pseudo"]
+    assert [c.key for c in table.columns] == ["off", "on", "ratio", "pseudo", "pseudo_ratio", "description",
+                                              "faces_off", "faces_on", "faces_pseudo"]
     assert [row.name for row in table.rows] == ["0 iterations", "2 iterations", "3 iterations"]
     means: dict[tuple[int, str], list[float]] = {}
     for name, noun in (("ada", "woman"), ("bo", "man")):
@@ -100,13 +100,14 @@ def test_every_condition_is_what_a_loop_by_hand_draws(
         teaching, prompt = Teaching(backend, pictures, noun, DreamBooth(**TAUGHT)), f"photo of v {noun}"
         for mark in (0, 2, 3):
             teaching.teach(mark - teaching.step)
-            for key, vectors in (("off", None), ("on", prefix(1)), ("pseudo", prefix(2))):
+            for key, text, vectors in (("off", prompt, None), ("on", prompt, prefix(1)), ("pseudo", prompt, prefix(2)),
+                                       ("description", "a person", None)):
                 seeds = [Shot(name, prompt, k).seed for k in range(2)]
-                drawn = teaching.backend.sample([prompt] * 2, seeds, vectors=vectors, steps=2, guidance=3.0).images
+                drawn = teaching.backend.sample([text] * 2, seeds, vectors=vectors, steps=2, guidance=3.0).images
                 means.setdefault((mark, key), []).append(float(np.mean(
                     [embedding(i) @ reference / np.linalg.norm(reference) for i in drawn])))
     for row, mark in zip(table.rows, (0, 2, 3), strict=True):
-        for key in ("off", "on", "pseudo"):
+        for key in ("off", "on", "pseudo", "description"):
             assert row.values[key].value == pytest.approx(np.mean(means[mark, key]), abs=1e-5)
         assert row.values["faces_pseudo"] == 1.0
     last = table.rows[-1].values
@@ -121,7 +122,7 @@ def test_without_a_second_prefix_the_claim_is_the_first_ones(
 ) -> None:
     monkeypatch.setattr(newcomers, "trained", lambda *_, **__: pytest.fail("nothing is to be trained"))
     table = newcomers.measure(evaluation(people, backend, tmp_path, monkeypatch))
-    assert [c.key for c in table.columns] == ["off", "on", "ratio", "faces_off", "faces_on"]
+    assert [c.key for c in table.columns] == ["off", "on", "ratio", "description", "faces_off", "faces_on"]
     assert table.extra["claims"]["dreambooth-drop"]["value"] == pytest.approx(
         1 - table.rows[-1].values["ratio"].value)
 
