@@ -3,8 +3,9 @@
 Two questions, on persons of S_test at equal seeds. *Plug-and-play*: how much of the prefix's effect is kept on
 relatives of the model it was learned on, by the same file? *Transfer*: how much of the effect of a prefix learned on
 the miniature SDXL itself is reached by the SD1 prefix, carried over through the token tables alone, by every method
-and by its controls? What a prefix does is its drop, ID-ACC off less on; "kept" is a ratio of drops, with persons
-resampled in pairs.
+and by its controls? Both again with the first text encoder deaf: its half of a carried prefix is a copy, so the second
+half is put to the test where nothing else can do its work. What a prefix does is its drop, ID-ACC off less on; "kept"
+is a ratio of drops, with persons resampled in pairs.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ from torch import Tensor
 
 from apl_core.atomic import write_bytes, write_json
 from apl_core.onnx_models import file_hash
+from apl_core.placement import LENGTH
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import claims, shipped
+from apl_train.backend import Backend
+from apl_train.baselines.edited import Edited
 from apl_train.drift import random_vectors
 from apl_train.grids import labelled, to_png
 from apl_train.miniworld.card import Bench, folder
+from apl_train.text import Encoded, Vectors
 
 RELATIVES = ("miniature-1.4", "miniature-realistic")
 SDXL, NATIVE = "miniature-sdxl", "anonymize-miniature-sdxl"
 METHODS = ("ridge", "ptfer", "half", "procrustes")
+ALONE = ("native", "auto", "ptfer", "procrustes")
+"""Prefixes that are also drawn with the first text encoder deaf."""
 RESAMPLES = 4000
 REFINED = 200
 """Steps of the refinement by text encoders alone, as the command suggests."""
@@ -74,14 +81,14 @@ def _row(scores: Mapping[str, Any], condition: str = "on") -> dict[str, Any]:
     test, moved = scores["persons"]["test"], scores["drift"]
     row = {k: test[condition][k] for k in ("id_acc_mean", "id_acc_max", "ci95", "face_rate", "attr_acc", "by_person",
                                            "n_persons", "n_images")}
-    if condition in ("off", "on"):
+    if condition in ("off", "on") and moved:
         row["things_to_faces"] = scores["uninvited_rate"][f"faces_in_nonfaces_{condition}"]
     return row | {f"drift_{kind}": moved[kind][condition] / moved[kind]["two_seeds"] for kind in moved
                   if moved[kind].get(condition) is not None}
 
 
-def _scores(bench: Bench, prompt: Any, seeds: int, *conditions: str) -> dict[str, Any]:
-    return bench.evaluate(prompt, splits=("test",), conditions=("off", *conditions), seeds=seeds)
+def _scores(bench: Bench, prompt: Any, seeds: int, *conditions: str, neutral: bool = True) -> dict[str, Any]:
+    return bench.evaluate(prompt, splits=("test",), conditions=("off", *conditions), seeds=seeds, neutral=neutral)
 
 
 def measure_relatives(cache: Path, seeds: int = 4, prefix: str = shipped.PREFIX) -> dict[str, Any]:
@@ -122,11 +129,29 @@ def carried_prefixes(prefix: str = shipped.PREFIX) -> dict[str, AnonymizationPro
             for method in ("auto", *METHODS)}
 
 
+class SecondAlone(Edited):
+    """A model of SDXL's kind whose first text encoder is given no words and no prefix, as it was for a third of the
+    captions that the miniature SDXL learned from."""
+
+    def __init__(self, base: Backend) -> None:
+        super().__init__(base)
+        self.sha256 = hashlib.sha256(f"{base.sha256}|second alone".encode()).hexdigest()  # what is cached is not base's
+
+    def encode(self, prompts: Sequence[str], vectors: Vectors | None = None, **options: Any) -> Encoded:
+        """As `Backend.encode`; the first encoder's states are those of an empty prompt."""
+        found = super().encode(prompts, vectors, **options)
+        empty = super().encode([""], chunks=found.states.shape[1] // LENGTH).states
+        width = next(iter(self.text.encoders.values())).config.hidden_size
+        return Encoded(torch.cat([empty[..., :width].expand(len(prompts), -1, -1), found.states[..., width:]], dim=-1),
+                       found.pooled)
+
+
 class _Rows:
     """Rows of the table, each written as soon as it is measured; one with an equal stamp is not measured again."""
 
-    def __init__(self, bench: Bench, seeds: int, found: dict[str, Any], save: Callable[[], None]) -> None:
-        self._bench, self._seeds, self.found, self._save = bench, seeds, found, save
+    def __init__(self, bench: Bench, seeds: int, found: dict[str, Any], save: Callable[[], None], *,
+                 neutral: bool = True) -> None:
+        self._bench, self._seeds, self.found, self._save, self._neutral = bench, seeds, found, save, neutral
         self._model = file_hash(shipped.locate("base_model", SDXL))
         self.rows: dict[str, Any] = {}
 
@@ -143,18 +168,21 @@ class _Rows:
         stamp = self.stamp(prompt, condition)
         if self.found.get(name, {}).get("stamp") != stamp:
             more = () if condition == "off" else (condition,)
-            scores = _scores(self._bench, prompt, self._seeds, *more)
+            scores = _scores(self._bench, prompt, self._seeds, *more, neutral=self._neutral)
             self.found[name] = _row(scores, condition) | {"stamp": stamp}
             self._save()
         self.rows[name] = self.found[name]
 
 
 def measure_transfer(cache: Path, seeds: int = 4, found: dict[str, Any] | None = None,
-                     save: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """The miniature SDXL with its native prefix, with the carried one by every method, and with the controls.
+                     alone_found: dict[str, Any] | None = None,
+                     save: Callable[[], None] = lambda: None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The miniature SDXL with its native prefix, with the carried one by every method, and with the controls; and some
+    of them with its second text encoder alone.
 
     Args:
-        found: rows of an earlier run, extended in place; those whose stamp still holds are taken as they are.
+        found, alone_found: rows of an earlier run, extended in place; those whose stamp still holds are taken as they
+            are.
         save: called after every row.
     """
     from apl_train.refine_transfer import refine
@@ -177,12 +205,23 @@ def measure_transfer(cache: Path, seeds: int = 4, found: dict[str, Any] | None =
     copied = dict(tried["auto"].tensors)
     copied["clip_g"] = random_vectors(copied)["clip_g"]
     table.measure("first half copied, second random", copied)
-    rows = table.rows
+    rows = _shares(table.rows)
+    bench.backend = SecondAlone(bench.backend)
+    alone = _Rows(bench, seeds, {} if alone_found is None else alone_found, save, neutral=False)
+    for name in ("off", "random"):
+        alone.measure(name, tried["auto"], name)
+    for name in ALONE:
+        alone.measure(name, tried[name])
+    claims.record({"transfer-kept": (rows["auto"]["kept"], rows["auto"]["kept_ci95"], rows["auto"]["n_persons"])})
+    return rows, _shares(alone.rows)
+
+
+def _shares(rows: dict[str, Any]) -> dict[str, Any]:
+    """Every row with the share of the native prefix's drop that it keeps."""
     off, best = rows["off"]["by_person"], rows["native"]["by_person"]
     for name, row in rows.items():
         if name != "off":
             row["kept"], row["kept_ci95"] = kept(off, row["by_person"], off, best)
-    claims.record({"transfer-kept": (rows["auto"]["kept"], rows["auto"]["kept_ci95"], rows["auto"]["n_persons"])})
     return rows
 
 
@@ -195,12 +234,13 @@ def write_carried(cache: Path | None = None, only: Sequence[str] = ("relatives",
         found["relatives"] = measure_relatives(cache or Path("runs/cache"))
         write_json(path, found)
     if "transfer" in only:
-        earlier = found.setdefault("transfer", {})
-        found["transfer"] = measure_transfer(cache or Path("runs/cache"), found=earlier,
-                                             save=lambda: write_json(path, found))
+        earlier, alone = (found.setdefault(part, {}) for part in ("transfer", "second_alone"))
+        found["transfer"], found["second_alone"] = measure_transfer(
+            cache or Path("runs/cache"), found=earlier, alone_found=alone, save=lambda: write_json(path, found))
         write_json(path, found)
     write_picture(cache or Path("runs/cache"))
-    measured = {part: found[part] for part in only}
+    parts = [p for part in only for p in (("transfer", "second_alone") if part == "transfer" else (part,))]
+    measured = {part: found[part] for part in parts}
     return measured, table(measured)
 
 
@@ -238,4 +278,5 @@ def table(found: Mapping[str, Any]) -> str:
         shares = {"on": {"kept": rows.get("kept")}}
         lines += [line(f"{model} {name}", rows[name] | shares.get(name, {})) for name in ("off", "on", "description")]
     lines += [line(f"{SDXL} {name}", row) for name, row in found.get("transfer", {}).items()]
+    lines += [line(f"second encoder alone, {name}", row) for name, row in found.get("second_alone", {}).items()]
     return "\n".join(lines)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from fakes import tiny_models as tiny
 
-from apl_train.miniworld.carried import kept, nearest_tokens
+from apl_core.atomic import write_safetensors
+from apl_train.miniworld.carried import SecondAlone, kept, nearest_tokens
 
 
 def test_kept_is_the_ratio_of_mean_drops_and_its_interval_holds_it() -> None:
@@ -38,3 +42,31 @@ def test_nearest_tokens_are_nearest_by_cosine_not_by_length() -> None:
     table = torch.tensor([[1.0, 0.0], [0.0, 10.0], [0.7, 0.7]])
     found = nearest_tokens({"clip_l": torch.tensor([[0.1, 0.9], [5.0, 4.0]])}, {"clip_l": table})
     assert torch.equal(found["clip_l"], torch.tensor([[0.0, 10.0], [0.7, 0.7]]))
+
+
+def test_with_the_first_encoder_deaf_only_the_second_one_says_anything(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from apl_train.backend import Backend
+    from apl_train.single_file_xl import sgm_config, to_sgm
+
+    models = tiny.models_xl()
+    tiny.write_tokenizer(tmp_path / "tokenizer")
+    tiny.write_tokenizer(tmp_path / "tokenizer_2", pad_token="!")
+    write_safetensors(tmp_path / "xl.safetensors", to_sgm(*models))
+    (tmp_path / "xl.yaml").write_text(yaml.safe_dump(sgm_config(*models)), "utf-8")
+    backend = Backend.load(tmp_path / "xl.safetensors")
+    alone = SecondAlone(backend)
+    g = torch.Generator().manual_seed(0)
+    vectors = {key: torch.randn(3, width, generator=g) for key, width in backend.text.widths.items()}
+    wide = backend.text.encoders["clip_l"].config.hidden_size
+    for prompts in (["a cat", "photo of k"], ["abcdefgh " * 10]):  # the last one takes two chunks
+        found, whole = alone.encode(prompts, vectors), backend.encode(prompts, vectors)
+        empty = backend.encode([""] * len(prompts), chunks=whole.states.shape[1] // 77).states
+        assert torch.equal(found.states[..., :wide], empty[..., :wide])
+        assert torch.equal(found.states[..., wide:], whole.states[..., wide:])
+        assert torch.equal(found.pooled, whole.pooled)
+    other = vectors | {"clip_l": vectors["clip_l"] + 1}
+    assert torch.equal(alone.encode(["a cat"], other).states, alone.encode(["a cat"], vectors).states)
+    pictures = [b.sample(["a cat"], [1], vectors=vectors, steps=2).latents for b in (alone, backend)]
+    assert not torch.allclose(*pictures), "it is the deaf one that samples"
+    assert alone.sha256 != backend.sha256
