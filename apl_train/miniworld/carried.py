@@ -166,7 +166,9 @@ class _Rows:
 
     def measure(self, name: str, prompt: Any, condition: str = "on") -> None:
         stamp = self.stamp(prompt, condition)
-        if self.found.get(name, {}).get("stamp") != stamp:
+        if same := next((row for row in self.found.values() if row.get("stamp") == stamp), None):
+            self.found[name] = dict(same)  # as "auto" is one of the methods
+        else:
             more = () if condition == "off" else (condition,)
             scores = _scores(self._bench, prompt, self._seeds, *more, neutral=self._neutral)
             self.found[name] = _row(scores, condition) | {"stamp": stamp}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apl_core import map_choice, relative_mask
 from apl_core.errors import ConfigError, ModelError, PrefixFileError
-from apl_core.map_choice import HoldOut, best_of, directions_to_vectors, judge
+from apl_core.map_choice import Candidate, HoldOut, Judged, best_of, directions_to_vectors, judge
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
 from apl_core.relative_maps import METHODS, Moments, Spectra, unit
@@ -360,3 +360,31 @@ def test_what_is_refused() -> None:
                               PrefixMetadata(widths={"clip_l": 24, "clip_g": 40}))
     with pytest.raises(PrefixFileError, match="several tensors"):
         transfer(two, source, tables)
+
+
+def test_ptfer_is_taken_where_neither_tokens_nor_pairs_tell_maps_apart() -> None:
+    def judged(method: str, cosine: float, pairs: float) -> Judged:
+        return Judged(Candidate(method, 0.1, False), torch.ones(100), torch.full((100,), cosine), cosine, 0.02, pairs,
+                      0.01)
+
+    ridge, ptfer, damped = judged("ridge", 0.50, 0.30), judged("ptfer", 0.49, 0.295), judged("ptfer", 0.485, 0.292)
+    assert best_of([ridge, damped, ptfer]) is ptfer
+    assert best_of([ridge, judged("ptfer", 0.47, 0.30)]) is ridge, "tokens tell them apart"
+    assert best_of([ridge, judged("ptfer", 0.49, 0.28)]) is ridge, "pairs tell them apart"
+    assert best_of([ridge, judged("half", 0.50, 0.31)]).candidate.method == "half"
+
+
+def test_the_error_of_pairs_is_that_of_a_plain_mean() -> None:
+    source, target = shared_tables(tokens=400, noise=0.3)
+    hold = HoldOut(source, target, torch.arange(400), torch.rand(400) + 0.5, False)
+    (found,) = judge([hold], ("ridge",), (0.1,))
+    pairs = []
+    for fold in range(5):
+        ids = hold.ids[hold.sample(fold)]
+        x, truth, half = source.vectors[ids], target.vectors[ids], len(ids) // 2
+        matrix = hold.without(fold).map("ridge", 0.1)
+        for sign in (1, -1):
+            moved, wanted = ((rows[:half] + sign * rows[half:]) for rows in (x, truth))
+            pairs.append(cosines(moved @ matrix.T, wanted).numpy())
+    values = np.concatenate(pairs)
+    assert found.pairs_error == pytest.approx(values.std() / np.sqrt(len(values)), rel=1e-3)
