@@ -26,9 +26,11 @@ PROCESSES = "python -m pytest tests/unit/test_processes.py"
 COMFY = "python benchmarks/comfyui_cost.py"
 COMFY_ENFORCED = "python benchmarks/comfyui_enforcement.py"
 COMFY_PICTURES = "python -m pytest tests/comfy/test_miniature_in_host.py"
+COMFY_SDXL = "python -m pytest tests/comfy/test_miniature_sdxl_in_host.py"
 COMFY_LIVE = "python -m pytest tests/comfy/test_workflows_live.py"
 WEBUI = "python benchmarks/webui_cost.py"
 WEBUI_PICTURES = "python -m pytest tests/a1111/test_miniature_in_webui.py"
+WEBUI_SDXL = "python -m pytest tests/a1111/test_miniature_sdxl_in_webui.py"
 SCORING = "python benchmarks/scoring_cost.py"
 DLIB = "python -m pytest tests/unit/test_identity_dlib.py"
 ODD = "python -m pytest tests/world/test_identity_odd_folder.py"
@@ -97,6 +99,10 @@ TARGETS: dict[str, Target] = {
                                COMFY_PICTURES, "comfyui"),
     "comfy-id-acc-on": Target("ComfyUI, miniature, S_test: ID-ACC on, distance from diffusers'", "<= 0.03",
                               COMFY_PICTURES, "comfyui"),
+    "comfy-sdxl-noise": Target("ComfyUI, miniature SDXL: largest difference of noise predictions from diffusers'",
+                               "<= 0.0001", COMFY_SDXL, "transfer"),
+    "comfy-sdxl-pictures": Target("ComfyUI, miniature SDXL: a picture's mean difference from diffusers', of 255",
+                                  "<= 2", COMFY_SDXL, "transfer"),
     "comfy-interrupt": Target("ComfyUI: seconds from interrupt to a training that saved and ended", "<= 2", COMFY_LIVE,
                               "comfyui"),
     "comfy-import": Target("ComfyUI: import of the pack, ms of CPU", "<= 50", COMFY, "comfyui"),
@@ -125,6 +131,12 @@ TARGETS: dict[str, Target] = {
                                WEBUI_PICTURES, "webui"),
     "webui-id-acc-on": Target("WebUI, miniature, S_test: ID-ACC on, distance from diffusers'", "<= 0.03",
                               WEBUI_PICTURES, "webui"),
+    "webui-sdxl-noise-off": Target("WebUI, miniature SDXL, no prefix: largest difference of noise predictions",
+                                   "<= 0.0001", WEBUI_SDXL, "transfer"),
+    "webui-sdxl-noise-on": Target("WebUI, miniature SDXL, a prefix: largest difference of noise predictions",
+                                  "<= 0.0001", WEBUI_SDXL, "transfer"),
+    "webui-sdxl-pictures": Target("WebUI, miniature SDXL: a picture's mean difference from diffusers', of 255",
+                                  "<= 2", WEBUI_SDXL, "transfer"),
     "webui-import": Target("WebUI: import of the extension, ms of CPU", "<= 50", WEBUI, "webui"),
     "webui-foreign": Target("WebUI: packages of others that the import brings", "<= 0", WEBUI, "webui"),
     "webui-encode": Target("WebUI: an encode with the prefix / one without, equal chunks", "<= 1.02", WEBUI, "webui"),
@@ -179,6 +191,7 @@ TARGETS: dict[str, Target] = {
 MEASURED_ON: dict[str, tuple[str, ...]] = {
     CARD: ("world",), SAMPLES: ("world",), PREFIX: ("world", "prefix"), DEMO: ("world", "prefix"),
     RELATIVES: ("world", "relatives", "prefix"), CARRY: ("world", "sdxl", "prefix"),
+    COMFY_SDXL: ("world", "sdxl", "prefix"), WEBUI_SDXL: ("world", "sdxl", "prefix"),
     **dict.fromkeys((FIG5, FIG6, FIG7, TABLE2, BASELINES, f"{BEYOND} strength", f"{BEYOND} pseudo", COMFY_PICTURES,
                      WEBUI_PICTURES), ("world", "prefix")),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_every_bound_can_be_read() -> None:
         assert sign in ("<=", ">="), key
         assert claims.holds(target.bound, float(value)) is True, key
         assert claims.holds(target.bound, float(value) + (1 if sign == "<=" else -1)) is False, key
+
+
+def test_what_tests_and_benchmarks_record_are_targets() -> None:
+    files = [f for folder in ("tests", "benchmarks", "apl_train") for f in (ROOT / folder).rglob("*.py")]
+    said = {(f.name, key) for f in files if f.name != Path(__file__).name
+            for key in re.findall(r'record\(\s*\{\s*f?"([^"]+)"', f.read_text(encoding="utf-8"))}
+    assert len(said) > 20
+    for name, key in said:
+        shape = "".join(".+" if part.startswith("{") else re.escape(part) for part in re.split(r"(\{[^}]*\})", key))
+        assert any(re.fullmatch(shape, target) for target in claims.TARGETS), (name, key)
 
 
 def test_record_keeps_other_rows_and_the_order(tmp_path: Path) -> None:
