@@ -36,7 +36,7 @@ from apl_train.text import Encoded, Vectors
 RELATIVES = ("miniature-1.4", "miniature-realistic")
 SDXL, NATIVE = "miniature-sdxl", "anonymize-miniature-sdxl"
 METHODS = ("ridge", "ptfer", "half", "procrustes")
-ALONE = ("native", "auto", "ptfer", "procrustes")
+ALONE = ("native", "auto", "ridge", "ptfer", "procrustes")
 """Prefixes that are also drawn with the first text encoder deaf."""
 RESAMPLES = 4000
 REFINED = 200
@@ -219,11 +219,12 @@ def measure_transfer(cache: Path, seeds: int = 4, found: dict[str, Any] | None =
 
 
 def _shares(rows: dict[str, Any]) -> dict[str, Any]:
-    """Every row with the share of the native prefix's drop that it keeps."""
+    """Every row with the share of the native prefix's drop that it keeps; None where no picture shows a face."""
     off, best = rows["off"]["by_person"], rows["native"]["by_person"]
     for name, row in rows.items():
         if name != "off":
-            row["kept"], row["kept_ci95"] = kept(off, row["by_person"], off, best)
+            value, row["kept_ci95"] = kept(off, row["by_person"], off, best)
+            row["kept"] = value if math.isfinite(value) else None
     return rows
 
 
@@ -273,8 +274,11 @@ def table(found: Mapping[str, Any]) -> str:
         turned = "" if row.get("things_to_faces") is None else f"{row['things_to_faces']:.3f}"
         share = "" if row.get("kept") is None else f"{row['kept']:.2f}"
         low, high = row["ci95"]
-        return (f"{label:42}{row['id_acc_mean']:8.3f} {f'{low:.3f} to {high:.3f}':>16} {row['id_acc_max']:7.3f} "
-                f"{row['attr_acc']:6.3f} {row['face_rate']:6.3f} {drifts:>12} {share:>6} {turned:>6}")
+        between = "" if low is None else f"{low:.3f} to {high:.3f}"
+        mean, most, right = ("" if row[k] is None else f"{row[k]:.3f}"
+                             for k in ("id_acc_mean", "id_acc_max", "attr_acc"))
+        return (f"{label:42}{mean:>8} {between:>16} {most:>7} {right:>6} {row['face_rate']:6.3f} {drifts:>12} "
+                f"{share:>6} {turned:>6}")
 
     for model, rows in found.get("relatives", {}).items():
         shares = {"on": {"kept": rows.get("kept")}}

@@ -12,7 +12,7 @@ import yaml
 from fakes import tiny_models as tiny
 
 from apl_core.atomic import write_safetensors
-from apl_train.miniworld.carried import SecondAlone, kept, nearest_tokens
+from apl_train.miniworld.carried import SecondAlone, _shares, kept, nearest_tokens, table
 
 
 def test_kept_is_the_ratio_of_mean_drops_and_its_interval_holds_it() -> None:
@@ -70,3 +70,17 @@ def test_with_the_first_encoder_deaf_only_the_second_one_says_anything(tmp_path:
     pictures = [b.sample(["a cat"], [1], vectors=vectors, steps=2).latents for b in (alone, backend)]
     assert not torch.allclose(*pictures), "it is the deaf one that samples"
     assert alone.sha256 != backend.sha256
+
+
+def test_a_prefix_under_which_no_face_is_drawn_has_no_share_and_still_has_a_line() -> None:
+    def row(*by_person: float | None) -> dict:
+        mean = None if None in by_person else sum(by_person) / len(by_person)
+        return {"id_acc_mean": mean, "id_acc_max": mean, "attr_acc": mean, "ci95": [mean, mean], "by_person": by_person,
+                "face_rate": 0.0 if mean is None else 1.0}
+
+    rows = _shares({"off": row(0.6, 0.8), "native": row(0.2, 0.2), "ridge": row(None, None), "ptfer": row(0.3, 0.4)})
+    assert rows["ridge"]["kept"] is None and rows["ridge"]["kept_ci95"] is None
+    assert rows["ptfer"]["kept"] == pytest.approx((0.3 + 0.4) / (0.4 + 0.6))
+    lines = table({"second_alone": rows}).splitlines()
+    assert lines[3].split() == ["second", "encoder", "alone,", "ridge", "0.000"]
+    assert "0.70" in lines[4]
