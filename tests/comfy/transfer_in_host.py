@@ -51,7 +51,7 @@ def check_it_becomes_what_the_matrix_says() -> None:
     assert float(cosine) > 0.999, cosine
     assert torch.equal(found.vectors("clip_l"), in_host.AP1.vectors()), "half precision made another table of it"
     assert found.family == "sdxl" and in_host.AP1.content_hash in found.meta.transferred_from
-    assert "clip_l: copied" in report and "clip_g: ptfer" in report and "vector 9" in report, report
+    assert "clip_l: copied" in report and "clip_g: ridge" in report and "vector 9" in report, report
 
 
 def check_anonymize_and_save_take_it() -> None:
