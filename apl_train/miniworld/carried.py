@@ -30,7 +30,7 @@ from apl_train.backend import Backend
 from apl_train.baselines.edited import Edited
 from apl_train.drift import random_vectors
 from apl_train.grids import labelled, to_png
-from apl_train.miniworld.card import Bench, folder
+from apl_train.miniworld.card import FILLER, Bench, folder
 from apl_train.text import Encoded, Vectors
 
 RELATIVES = ("miniature-1.4", "miniature-realistic")
@@ -88,7 +88,8 @@ def _row(scores: Mapping[str, Any], condition: str = "on") -> dict[str, Any]:
 
 
 def _scores(bench: Bench, prompt: Any, seeds: int, *conditions: str, neutral: bool = True) -> dict[str, Any]:
-    return bench.evaluate(prompt, splits=("test",), conditions=("off", *conditions), seeds=seeds, neutral=neutral)
+    return bench.evaluate(prompt, splits=("test",), conditions=("off", *conditions), seeds=seeds, neutral=neutral,
+                          phrase=FILLER if "phrase" in conditions else None)
 
 
 def measure_relatives(cache: Path, seeds: int = 4, prefix: str = shipped.PREFIX) -> dict[str, Any]:
@@ -160,6 +161,7 @@ class _Rows:
         tensors = getattr(prompt, "tensors", prompt)
         parts = [f"{k}:{hashlib.sha256(v.float().contiguous().numpy().tobytes()).hexdigest()}"
                  for k, v in sorted(tensors.items())] if condition in ("on", "random") else []
+        parts += [FILLER] if condition == "phrase" else []
         parts += [condition, self._model, self._bench.embedder.sha256, str(self._seeds),
                   str(self._bench.backend.text.plain_pooled)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
@@ -199,6 +201,7 @@ def measure_transfer(cache: Path, seeds: int = 4, found: dict[str, Any] | None =
     tried["nearest tokens"] = nearest_tokens(tried["auto"].tensors, tables)
     for name in ("off", "random", "description"):
         table.measure(name, tried["auto"], name)
+    table.measure("filler", None, "phrase")  # with the two before it, the card that the first miniature has
     for name, prompt in tried.items():
         table.measure(name, prompt)
     bench.backend.text.plain_pooled = True
