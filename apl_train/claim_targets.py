@@ -195,5 +195,4 @@ MEASURED_ON: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((FIG5, FIG6, FIG7, TABLE2, BASELINES, f"{BEYOND} strength", f"{BEYOND} pseudo", COMFY_PICTURES,
                      WEBUI_PICTURES), ("world", "prefix")),
 }
-"""Which of what ships a command's figures are of: the miniature world, its relatives, the
-miniature SDXL, the shipped prefix."""
+"""What a command's figures are of: the miniature world, its relatives, the miniature SDXL, the shipped prefix."""

@@ -59,8 +59,9 @@ class TransferAnonymizationPrompt(io.ComfyNode):
                                tooltip="The Stable Diffusion XL checkpoint to use the prefix with. Only its token "
                                "tables are read."),
                 io.Combo.Input("method", options=["auto", *METHODS], default="auto",
-                               tooltip="auto takes the map that predicts held-out tokens best. ridge is the usual "
-                               "winner; ptfer is that of the published search; none is a baseline to compare with."),
+                               tooltip="auto takes the map that predicts held-out tokens best, and ptfer, that of the "
+                               "published search, where they tell no method apart. none is a baseline to compare "
+                               "with."),
                 io.String.Input("captions", default="", multiline=True,
                                 tooltip="Captions, one a line, like those that the models were trained on: only their "
                                 "words are trusted then. Leave it empty for ordinary checkpoints."),

@@ -3,9 +3,9 @@
 Two questions, on persons of S_test at equal seeds. *Plug-and-play*: how much of the prefix's effect is kept on
 relatives of the model it was learned on, by the same file? *Transfer*: how much of the effect of a prefix learned on
 the miniature SDXL itself is reached by the SD1 prefix, carried over through the token tables alone, by every method
-and by its controls? Both again with the first text encoder deaf: its half of a carried prefix is a copy, so the second
-half is put to the test where nothing else can do its work. What a prefix does is its drop, ID-ACC off less on; "kept"
-is a ratio of drops, with persons resampled in pairs.
+and by its controls? The second again with the first text encoder deaf: its half of a carried prefix
+is a copy, so the other half is put to the test where nothing else can do its work. What a prefix does is its drop,
+ID-ACC off less on; "kept" is a ratio of drops, with persons resampled in pairs.
 """
 
 from __future__ import annotations
