@@ -50,18 +50,20 @@ class Batch:
 
 
 def draw_rows(data: TrainingSet, config: TrainConfig, g: torch.Generator, count: int) -> Tensor:
-    """`count` sample indices, S_ID rows first: each is of S_ID with probability `id_share`; S_Reg rows are things and
-    unnamed persons in equal parts (a set of faces alone would let the prefix mean "face", Fig. 7)."""
-    share = 1.0 if config.no_reg else config.id_share
-    # exact counts with a random remainder: the mix of a batch does not fluctuate more than it must
-    exact = share * count
-    n_id = int(exact) + int(torch.rand((), generator=g) < exact - int(exact))
+    """`count` sample indices, S_ID rows first: a share `id_share` of S_ID; of the rest a share `face_share` shows unnamed
+    persons, the other things (a set of faces alone would let the prefix mean "face", Fig. 7)."""
+    def exactly(share: float, of: int) -> int:
+        # exact counts with a random remainder: the mix of a batch does not fluctuate more than it must
+        whole = int(share * of)
+        return whole + int(torch.rand((), generator=g) < share * of - whole)
+
+    n_id = count if config.no_reg else exactly(config.id_share, count)
     pools = [data.id_rows] * n_id
     if len(data.pseudo_rows):
         pools = [data.pseudo_rows if float(torch.rand((), generator=g)) < config.pseudo_share else p for p in pools]
-    kinds = [p for p in (data.face_rows, data.nonface_rows) if len(p)]
-    for k in range(count - n_id):
-        pools.append(kinds[(k + int(torch.randint(len(kinds), (), generator=g))) % len(kinds)])
+    n_reg = count - n_id
+    faces = exactly(config.face_share if len(data.nonface_rows) else 1.0, n_reg) if len(data.face_rows) else 0
+    pools += [data.face_rows] * faces + [data.nonface_rows] * (n_reg - faces)
     return torch.tensor([int(p[int(torch.randint(len(p), (), generator=g))]) for p in pools], dtype=torch.int64)
 
 

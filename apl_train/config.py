@@ -59,7 +59,9 @@ class TrainConfig:
     batch_size: int = 1
     """Samples per optimizer step (paper: 1)."""
     id_share: float = 0.5
-    """Share of S_ID among the samples; the rest is S_Reg, things and unnamed persons in equal parts."""
+    """Share of S_ID among the samples; the rest is S_Reg."""
+    face_share: float = 0.5
+    """Share of unnamed persons among the samples of S_Reg; the rest are things."""
     reg_weight: float = 1.0
     """Weight of L_Reg (paper: 1)."""
     loss: str = "paper"
@@ -124,9 +126,9 @@ class TrainConfig:
         for field, low, high in whole:
             _check(field, getattr(self, field), int, low, high)
         for field, low, high in (("alpha", -10.0, 100.0), ("learning_rate", 1e-8, 10.0), ("id_share", 0.0, 1.0),
-                                 ("reg_weight", 0.0, 1000.0), ("time_floor", 0.0, 1.0), ("guided_share", 0.0, 1.0),
-                                 ("guided_low", 1.0, 100.0), ("guided_high", 1.0, 100.0), ("name_noise", 0.0, 1.0),
-                                 ("pseudo_share", 0.0, 1.0)):
+                                 ("face_share", 0.0, 1.0), ("reg_weight", 0.0, 1000.0), ("time_floor", 0.0, 1.0),
+                                 ("guided_share", 0.0, 1.0), ("guided_low", 1.0, 100.0), ("guided_high", 1.0, 100.0),
+                                 ("name_noise", 0.0, 1.0), ("pseudo_share", 0.0, 1.0)):
             _check(field, getattr(self, field), float, low, high)
         if self.persons is not None:
             _check("persons", self.persons, int, 1, 1_000_000)

@@ -41,8 +41,8 @@ class DreamBooth:
     """Pictures of the person a step; as many of the noun stand beside them."""
     prior_weight: float = 1.0
     """Weight of prior preservation; 0 = none."""
-    prior_pictures: int = 16
-    """Pictures of the noun that the model draws of itself ahead of the teaching."""
+    prior_pictures: int = 200
+    """Pictures of the noun that the model draws of itself ahead of the teaching (diffusers' example: 200)."""
     rank: int = 16
     """Of LoRA matrices."""
     seed: int = 0
@@ -71,6 +71,16 @@ def subject(settings: DreamBooth, noun: str) -> str:
     return f"{settings.token} {noun}"
 
 
+def _of_noun(noun: str, template: str) -> str:
+    return template.replace("{}", f"a {noun}")
+
+
+def prior_latents(backend: Backend, noun: str, template: str, count: int, seed: int) -> torch.Tensor:
+    """The noun as the model draws it before anybody is taught: final latents, float32 [count, 4, h, w]."""
+    seeds = [seed_of("dreambooth-prior", seed, i) % 2**31 for i in range(count)]
+    return backend.sample([_of_noun(noun, template)] * count, seeds, decode=False).latents
+
+
 class Teaching:
     """A copy of a model that learns one person; the model itself stays as it was.
 
@@ -78,12 +88,15 @@ class Teaching:
         backend: the model. A copy of its UNet learns in float32 whatever the model's numbers are.
         pictures: uint8 [N, H, W, 3] RGB, of the model's size.
         noun: what the person is: "woman", "man", "person".
+        prior: latents of the noun from `prior_latents`, float32 [N, 4, h, w], which persons of one noun may share; drawn
+            here when not given.
 
     Raises:
         DatasetError: no picture. ConfigError: peft is needed and not installed.
     """
 
-    def __init__(self, backend: Backend, pictures: NDArray[np.uint8], noun: str, settings: DreamBooth) -> None:
+    def __init__(self, backend: Backend, pictures: NDArray[np.uint8], noun: str, settings: DreamBooth, *,
+                 prior: torch.Tensor | None = None) -> None:
         if not len(pictures):
             raise DatasetError("There is no picture to learn from.", "Give three to six.", field="pictures")
         self.settings, self.step, self.losses = settings, 0, []
@@ -95,10 +108,9 @@ class Teaching:
         self._x0 = backend.to_latents(pictures)
         captions = [settings.template.replace("{}", subject(settings, noun))]
         if settings.prior_weight:
-            prompts = [settings.template.replace("{}", f"a {noun}")] * settings.prior_pictures
-            seeds = [seed_of("dreambooth-prior", settings.seed, i) % 2**31 for i in range(len(prompts))]
-            self._prior = backend.sample(prompts, seeds, decode=False).latents
-            captions.append(prompts[0])
+            self._prior = (prior_latents(backend, noun, settings.template, settings.prior_pictures, settings.seed)
+                           if prior is None else prior)
+            captions.append(_of_noun(noun, settings.template))
         with torch.no_grad():
             self._states = backend.encode(captions, chunks=1).states
 

@@ -120,6 +120,8 @@ class EvaluateSettings:
     """Fig. 5: training preset of a second prefix, one learned against persons who are taught later; "" for none."""
     dreambooth: Mapping[str, Any] = field(default_factory=dict)
     """Fig. 5: settings of `DreamBooth` that differ from its own."""
+    dreambooth_lora: Mapping[str, Any] = field(default_factory=dict)
+    """Fig. 5: those of a second teaching, by LoRA matrices; its rows are left out when empty."""
     device: str = "auto"
     """Where to compute."""
     dtype: str = "fp32"

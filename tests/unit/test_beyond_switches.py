@@ -85,12 +85,10 @@ def test_the_papers_training_is_what_it_was(world: WORLD, tmp_path: Path) -> Non
         g = step_generator(0, step)
         share = 0.5 * 2
         n_id = int(share) + int(torch.rand((), generator=g) < share - int(share))
-        rows = []
-        for k in range(2):
-            pools = [data.id_rows] if k < n_id else [data.face_rows, data.nonface_rows]
-            pool = pools[(k - n_id + int(torch.randint(2, (), generator=g))) % 2] if k >= n_id else pools[0]
-            rows.append((k, pool))
-        rows = [int(pool[int(torch.randint(len(pool), (), generator=g))]) for _, pool in rows]
+        share = (2 - n_id) / 2  # the other half is of S_Reg: unnamed persons and things in equal parts
+        faces = int(share) + int(torch.rand((), generator=g) < share - int(share))
+        pools = [data.id_rows] * n_id + [data.face_rows] * faces + [data.nonface_rows] * (2 - n_id - faces)
+        rows = [int(pool[int(torch.randint(len(pool), (), generator=g))]) for pool in pools]
         times = torch.randint(0, 1000, (2,), generator=g)
         noise = torch.randn(2, *data.latents.shape[1:], generator=g)
         loss = torch.zeros(())

@@ -19,7 +19,7 @@ from apl_core.prefix import AnonymizationPrompt
 pytest.importorskip("diffusers")
 
 from apl_train.backend import Backend
-from apl_train.dreambooth import DreamBooth, Teaching
+from apl_train.dreambooth import DreamBooth, Teaching, prior_latents
 from apl_train.model_files import read_parts
 from apl_train.observe import Shot
 from apl_train.tables import newcomers
@@ -91,7 +91,8 @@ def test_every_condition_is_what_a_loop_by_hand_draws(
     assert asked == [(SIZE, "miniature-pseudo")]
     assert [c.key for c in table.columns] == ["off", "on", "ratio", "pseudo", "pseudo_ratio", "description",
                                               "faces_off", "faces_on", "faces_pseudo"]
-    assert [row.name for row in table.rows] == ["0 iterations", "2 iterations", "3 iterations"]
+    assert [row.name for row in table.rows] == [
+        f"whole UNet, {n} iterations" for n in (0, 2, 3)]
     means: dict[tuple[int, str], list[float]] = {}
     for name, noun in (("ada", "woman"), ("bo", "man")):
         pictures = np.stack([np.asarray(Image.open(people / "teaching" / name / f"{k}.png")) for k in range(3)])
@@ -110,11 +111,38 @@ def test_every_condition_is_what_a_loop_by_hand_draws(
         for key in ("off", "on", "pseudo", "description"):
             assert row.values[key].value == pytest.approx(np.mean(means[mark, key]), abs=1e-5)
         assert row.values["faces_pseudo"] == 1.0
-    last = table.rows[-1].values
-    assert last["pseudo_ratio"].value == pytest.approx(last["pseudo"].value / last["off"].value, rel=1e-6)
+        assert row.values["pseudo_ratio"].value == pytest.approx(row.values["pseudo"].value / row.values["off"].value,
+                                                                 rel=1e-6)
+    at = newcomers.as_in_the_paper([row.values["off"].value for row in table.rows])
     claim = table.extra["claims"]["dreambooth-drop"]
-    assert claim["value"] == pytest.approx(1 - last["pseudo_ratio"].value) and claim["n"] == 2
-    assert "pseudo" in table.conventions and table.rows[-1].paper["on"] == 0.43
+    assert claim["value"] == pytest.approx(1 - table.rows[at].values["pseudo_ratio"].value) and claim["n"] == 2
+    assert "pseudo" in table.conventions and [row.paper.get("on") for row in table.rows] == [
+        0.43 if i == at else None for i in range(3)]
+
+
+def test_the_claim_is_made_where_the_word_draws_its_person_as_in_the_paper() -> None:
+    assert newcomers.as_in_the_paper([0.0, 0.2, 0.53, 0.8]) == 2
+    assert newcomers.as_in_the_paper([0.0, 0.9, 0.1]) == 1
+    assert newcomers.as_in_the_paper([0.0, 0.2, 0.4]) == 2  # never: the last
+    assert newcomers.as_in_the_paper([float("nan"), float("nan")]) == 1
+
+
+def test_lora_is_a_curve_and_a_claim_of_its_own(
+    people: Path, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    lora = {"token": "v", "template": "a {}", "learning_rate": 0.5, "prior_pictures": 2, "rank": 2}
+    drawn = []
+    monkeypatch.setattr(newcomers, "prior_latents", lambda *a: drawn.append(a[1:]) or prior_latents(*a))
+    table = newcomers.measure(evaluation(people, backend, tmp_path, monkeypatch, dreambooth_lora=lora))
+    assert [row.name for row in table.rows] == [
+        f"{way}, {n} iterations" for way in ("whole UNet", "LoRA") for n in (0, 2, 3)]
+    full, by_lora = (table.rows[i].values["off"].value for i in (2, 5))
+    assert full != by_lora and table.rows[0].values["off"] == table.rows[3].values["off"]  # before: the same model
+    assert set(table.extra["claims"]) == {"dreambooth-drop", "dreambooth-lora-drop"}
+    assert table.figures == ["newcomers.svg", "newcomers-lora.svg"]
+    assert all((newcomers.figure_folder(tmp_path, "test") / name).exists() for name in table.figures)
+    assert sorted(drawn) == [("man", "a {}", 2, 0), ("woman", "a {}", 2, 0)]  # once a noun, and none without a weight
 
 
 def test_without_a_second_prefix_the_claim_is_the_first_ones(
@@ -123,8 +151,8 @@ def test_without_a_second_prefix_the_claim_is_the_first_ones(
     monkeypatch.setattr(newcomers, "trained", lambda *_, **__: pytest.fail("nothing is to be trained"))
     table = newcomers.measure(evaluation(people, backend, tmp_path, monkeypatch))
     assert [c.key for c in table.columns] == ["off", "on", "ratio", "description", "faces_off", "faces_on"]
-    assert table.extra["claims"]["dreambooth-drop"]["value"] == pytest.approx(
-        1 - table.rows[-1].values["ratio"].value)
+    at = newcomers.as_in_the_paper([row.values["off"].value for row in table.rows])
+    assert table.extra["claims"]["dreambooth-drop"]["value"] == pytest.approx(1 - table.rows[at].values["ratio"].value)
 
 
 def test_a_newcomer_without_pictures_and_an_unknown_setting(
@@ -142,4 +170,4 @@ def test_a_newcomer_without_pictures_and_an_unknown_setting(
 def test_the_presets_measure_the_pseudo_identity_preset(name: str) -> None:
     settings = read_settings(name)
     assert settings.pseudo_preset == f"{name}-pseudo" and from_dict(settings.to_dict(), name) == settings
-    assert DreamBooth(**settings.dreambooth)
+    assert DreamBooth(**settings.dreambooth) and DreamBooth(method="lora", **settings.dreambooth_lora)

@@ -171,7 +171,11 @@ def test_no_reg_draws_persons_only_and_the_mix_is_as_asked(world) -> None:
     assert {data.kinds[r] for r in alone.tolist()} == {"id"}
     mixed = [data.kinds[r] for r in draw_rows(data, TrainConfig(id_share=0.25), g, 400).tolist()]
     assert mixed.count("id") == 100
-    assert abs(mixed.count("face") - mixed.count("nonface")) < 60
+    assert mixed.count("face") == mixed.count("nonface") == 150
+    faces = draw_rows(data, TrainConfig(id_share=0.25, face_share=0.6), g, 400).tolist()
+    assert [data.kinds[r] for r in faces].count("face") == 180
+    one = [data.kinds[int(draw_rows(data, TrainConfig(id_share=0.0, face_share=0.9), g, 1))] for _ in range(200)]
+    assert 160 < one.count("face") < 200 and one.count("id") == 0  # a batch of one takes turns by chance
 
 
 def test_more_persons_than_there_are_is_refused(world, tmp_path: Path) -> None:
