@@ -50,8 +50,8 @@ class Batch:
 
 
 def draw_rows(data: TrainingSet, config: TrainConfig, g: torch.Generator, count: int) -> Tensor:
-    """`count` sample indices, S_ID rows first: a share `id_share` of S_ID; of the rest a share `face_share` shows unnamed
-    persons, the other things (a set of faces alone would let the prefix mean "face", Fig. 7)."""
+    """`count` sample indices, S_ID rows first: a share `id_share` of S_ID; of the rest a share `face_share` shows
+    unnamed persons, the other things (a set of faces alone would let the prefix mean "face", Fig. 7)."""
     def exactly(share: float, of: int) -> int:
         # exact counts with a random remainder: the mix of a batch does not fluctuate more than it must
         whole = int(share * of)

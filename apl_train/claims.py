@@ -6,6 +6,7 @@ files that it is of. Once one of those has changed, the figure is of something e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from apl_core.onnx_models import file_hash
 from apl_core.prefix import load_prefix
 from apl_train import shipped
 from apl_train.claim_targets import MEASURED_ON, TARGETS
+from apl_train.state import take_lock
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "claims.json"
 MARKED = re.compile(r"(<!-- claims: ([^>]*?) -->)\n.*?(<!-- end -->)", re.S)
@@ -86,7 +88,24 @@ def record(
         ConfigError: an unknown id. ScoreError: a figure that is not finite; nothing is written then.
     """
     file = file or Path(os.environ.get(INTO) or FILE)
+    with _alone(file):
+        _write(found, file)
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Waits until no other command writes the file: several measure beside each other, and each writes all rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("a+b") as handle:
+        while not take_lock(handle.fileno()):
+            time.sleep(0.05)
+        yield
+
+
+def _write(found: Mapping[str, tuple[float | None, Sequence[float] | None, int | None]], file: Path) -> None:
     rows = {r["id"]: r for r in read(file)}
+    # a long measurement began before targets were added: their rows are not its own to drop
+    others = [r for r in (json.loads(file.read_text(encoding="utf-8")) if file.exists() else []) if r["id"] not in rows]
     for key, (measured, ci95, n) in found.items():
         if key not in TARGETS:
             raise ConfigError(f"claim is {key!r}.", f"Known: {', '.join(TARGETS)}.", field="claim")
@@ -96,7 +115,7 @@ def record(
         value = None if measured is None else round(float(measured), 5)
         rows[key] |= {"measured": value, "ci95": None if ci95 is None else [round(float(v), 5) for v in ci95], "n": n,
                       "holds": holds(TARGETS[key].bound, value)}
-    write_json(file, list(rows.values()))
+    write_json(file, [*rows.values(), *others])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

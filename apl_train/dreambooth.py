@@ -88,8 +88,8 @@ class Teaching:
         backend: the model. A copy of its UNet learns in float32 whatever the model's numbers are.
         pictures: uint8 [N, H, W, 3] RGB, of the model's size.
         noun: what the person is: "woman", "man", "person".
-        prior: latents of the noun from `prior_latents`, float32 [N, 4, h, w], which persons of one noun may share; drawn
-            here when not given.
+        prior: latents of the noun from `prior_latents`, float32 [N, 4, h, w], which persons of one noun may share;
+            drawn here when not given.
 
     Raises:
         DatasetError: no picture. ConfigError: peft is needed and not installed.

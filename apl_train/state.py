@@ -116,7 +116,7 @@ def only_one(run: Path) -> Iterator[None]:
     except OSError as error:
         raise storage_error(run / LOCK, error) from error
     with handle:
-        if not _locked(handle.fileno()):
+        if not take_lock(handle.fileno()):
             raise TrainingError(f"Another process is training in {run}.",
                                 "Wait for it or stop it, or choose another folder.", field="run")
         for part in (FOLDER, "prefix"):
@@ -125,7 +125,7 @@ def only_one(run: Path) -> Iterator[None]:
         yield
 
 
-def _locked(descriptor: int) -> bool:
+def take_lock(descriptor: int) -> bool:
     """Takes the lock of an open file; False where another process has it. Where there are no locks: True."""
     try:
         if os.name == "nt":

@@ -4,9 +4,9 @@ Every newcomer is taught on a copy of the model; every so many iterations pictur
 with the prefix at equal seeds (paper sec. 4.4; there 50 persons of VGGFace2, 800 iterations: 0.53 off, 0.43 on). A
 second prefix, learned with the evaluation's `pseudo_preset`, met faces bound to new words while it was learned. The
 description alone (c2) is drawn as well: where the copy draws its person under that too, no prefix that leads to c2 can
-take the likeness away. The whole UNet learns, as in the paper; with `dreambooth_lora` set the same is done again with LoRA
-matrices on its attention, as most people teach a model today. What a prefix takes is claimed where the word alone first
-draws its person as well as in the paper, at an ID-ACC of 0.53.
+take the likeness away. The whole UNet learns, as in the paper; with `dreambooth_lora` set the same is done again with
+LoRA matrices on its attention, as most people teach a model today. What a prefix takes is claimed where the word alone
+first draws its person as well as in the paper, at an ID-ACC of 0.53.
 """
 
 from __future__ import annotations

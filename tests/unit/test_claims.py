@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,27 @@ def test_record_keeps_other_rows_and_the_order(tmp_path: Path) -> None:
     assert known["verification"]["holds"] is None and known["verification"]["measured"] is None
     claims.record({"filler": (None, None, None)}, file)
     assert claims.read(file)[list(claims.TARGETS).index("filler")]["holds"] is None
+
+
+def test_commands_that_measure_beside_each_other_lose_no_row(tmp_path: Path) -> None:
+    """Threads stand for processes: the lock is of the open file. A row unknown to this version is another's to keep."""
+    file = tmp_path / "claims.json"
+    file.write_text(json.dumps([{"id": "of a newer version", "measured": 3}]), encoding="utf-8")
+    keys = list(claims.TARGETS)[:12]
+    threads = [threading.Thread(target=claims.record, args=({key: (0.5, None, i + 1)}, file))
+               for i, key in enumerate(keys)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = {row["id"]: row for row in json.loads(file.read_text(encoding="utf-8"))}
+    assert [rows[key]["n"] for key in keys] == list(range(1, 13))
+    assert rows["of a newer version"] == {"id": "of a newer version", "measured": 3}
+    assert set(rows) - set(claims.TARGETS) == {"of a newer version"}
+
+
+def test_what_ships_has_a_row_for_every_target_and_no_other() -> None:
+    assert [row["id"] for row in json.loads(claims.FILE.read_text(encoding="utf-8"))] == list(claims.TARGETS)
 
 
 def test_rows_are_as_the_targets_say_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
