@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from apl_train.control import job_folder, leave_code
+from apl_train.training.control import job_folder, leave_code
 
 
 def main(argv: list[str] | None = None) -> int:
-    from apl_train.cli import main as run
+    from apl_train.commands.cli import main as run
 
     code = 1  # of an error that nobody foresaw
     try:

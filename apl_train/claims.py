@@ -26,7 +26,7 @@ from apl_core.onnx_models import file_hash
 from apl_core.prefix import load_prefix
 from apl_train import shipped
 from apl_train.claim_targets import MEASURED_ON, TARGETS
-from apl_train.state import take_lock
+from apl_train.training.state import take_lock
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "claims.json"
 MARKED = re.compile(r"(<!-- claims: ([^>]*?) -->)\n.*?(<!-- end -->)", re.S)

@@ -14,14 +14,14 @@ from typing import Any
 from apl_core.errors import APLError
 from apl_core.identity import load_embedder
 from apl_core.prefix import AnonymizationPrompt, load_prefix
-from apl_train import config as configs
 from apl_train import shipped
-from apl_train.assessment import Assessment, next_steps
-from apl_train.backend import Backend
-from apl_train.persons import read_evaluation_set
-from apl_train.scoring import attribute_reader
-from apl_train.table import score_table
-from apl_train.training import resume, train
+from apl_train.make.assessment import Assessment, next_steps
+from apl_train.model.backend import Backend
+from apl_train.report.table import score_table
+from apl_train.scoring.command import attribute_reader
+from apl_train.scoring.persons import read_evaluation_set
+from apl_train.training import config as configs
+from apl_train.training.command import resume, train
 
 _log = logging.getLogger("apl.demo")
 

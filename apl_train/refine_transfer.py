@@ -24,7 +24,7 @@ from torch import Tensor
 from apl_core.errors import ConfigError, DatasetError, ModelError
 from apl_core.prefix import AnonymizationPrompt
 from apl_core.transfer import RECORD
-from apl_train.text import TextStack
+from apl_train.model.text import TextStack
 
 FIT, VALIDATE, BATCH = 256, 32, 8
 """Captions that M is fitted on, that steps are judged by, and of one step."""
@@ -175,8 +175,8 @@ def refine_all(model: Path, made: Mapping[Path, AnonymizationPrompt], captions: 
 
 def _stack_of(model: Path) -> TextStack:
     """The text encoders of a whole SDXL model, on the GPU where there is one."""
-    from apl_train.model_files import read_parts
-    from apl_train.precision import chosen
+    from apl_train.model.files import read_parts
+    from apl_train.model.precision import chosen
 
     parts = read_parts(model)
     second = getattr(parts, "text_encoder_2", None)

@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from apl_train import config, shipped
-from apl_train.backend import Backend
-from apl_train.bank import FreshTargets
-from apl_train.losses import id_loss, reg_loss
-from apl_train.samples import TrainingSet
-from apl_train.trainer import Trainer
-from apl_train.training import load_training_set
+from apl_train import shipped
+from apl_train.model.backend import Backend
+from apl_train.training import config
+from apl_train.training.bank import FreshTargets
+from apl_train.training.command import load_training_set
+from apl_train.training.losses import id_loss, reg_loss
+from apl_train.training.samples import TrainingSet
+from apl_train.training.trainer import Trainer
 
 JUDGE_SEED = 10_007
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -32,16 +33,16 @@ from apl_core.errors import APLError
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_core.strength import blend
 from apl_train import claims, shipped
-from apl_train import config as configs
-from apl_train.dataset import read_dataset
-from apl_train.evaluate import evaluate
-from apl_train.gallery import build_gallery
+from apl_train.datasets.dataset import read_dataset
 from apl_train.miniworld.card import Bench
-from apl_train.observe import shots_of
-from apl_train.persons import read_evaluation_set
-from apl_train.pseudo_identity import Inversion, add_words, make_pseudo, read_words
-from apl_train.surface import KINDS, disturbed
-from apl_train.training import train
+from apl_train.scoring.evaluate import evaluate
+from apl_train.scoring.gallery import build_gallery
+from apl_train.scoring.observe import shots_of
+from apl_train.scoring.persons import read_evaluation_set
+from apl_train.training import config as configs
+from apl_train.training.command import train
+from apl_train.training.pseudo_identity import Inversion, add_words, make_pseudo, read_words
+from apl_train.training.surface import KINDS, disturbed
 
 BANK = 1024
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -131,8 +132,8 @@ class Rows:
 
     def pseudo(self) -> dict[str, Any]:
         """Newcomers whom DreamBooth binds to a new word, drawn off, with `plain`, and with pseudo-identities."""
-        from apl_train.dreambooth import DreamBooth
         from apl_train.tables.settings import read_settings
+        from apl_train.training.dreambooth import DreamBooth
 
         folder = self.args.runs / f"identities-{self.args.identities}"
         if not (folder / "metadata.csv").exists():
@@ -153,17 +154,19 @@ class Rows:
 
     def taught(self, settings: Any, prompts: dict[str, AnonymizationPrompt | None]) -> dict[str, Any]:
         """Newcomers bound to one word: ID-ACC before, taught without a prefix, and with each; how much of it falls."""
-        from apl_train.dreambooth import Teaching, subject
         from apl_train.tables.newcomers import noun_of, teaching_pictures
+        from apl_train.training.dreambooth import Teaching, prior_latents, subject
 
         newcomers = shipped.locate("newcomers", shipped.MINIATURE)
         people = read_evaluation_set(newcomers)
         persons = people.of_split("test", self.args.taught)
         gallery = build_gallery(people, persons, self.bench.embedder)
         of_each: dict[str, list[id_scores.PersonScores]] = {name: [] for name in ("before", *prompts)}
+        prior = functools.cache(functools.partial(prior_latents, self.bench.backend))  # one for all persons of a noun
         for person in persons:
             noun = noun_of(person)
-            teaching = Teaching(self.bench.backend, teaching_pictures(newcomers, person.name), noun, settings)
+            teaching = Teaching(self.bench.backend, teaching_pictures(newcomers, person.name), noun, settings,
+                                prior=prior(noun, settings.template, settings.prior_pictures, settings.seed))
             drawn = [("before", None, self.bench.backend), *((n, p, teaching.backend) for n, p in prompts.items())]
             for i, (name, prompt, backend) in enumerate(drawn):
                 if i == 1:
@@ -232,7 +235,7 @@ def main() -> None:
     parser.add_argument("--identities", type=int, default=16, help="pseudo: faces bound to words")
     parser.add_argument("--inversion-steps", type=int, default=150, help="pseudo: steps of textual inversion")
     parser.add_argument("--taught", type=int, default=6, help="pseudo: persons that DreamBooth teaches")
-    parser.add_argument("--taught-steps", type=int, default=100, help="pseudo: steps of DreamBooth")
+    parser.add_argument("--taught-steps", type=int, default=200, help="pseudo: steps of DreamBooth")
     parser.add_argument("--docs", action="store_true", help=f"only write the table of {DOCS.name}")
     args = parser.parse_args()
     out = sys.stdout.write

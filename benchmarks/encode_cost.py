@@ -33,7 +33,7 @@ def modules() -> tuple[Any, Any]:
     """The miniature's tokenizer, which is CLIP's, and a text encoder of CLIP-L's size."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from apl_train.model_files import read_parts
+    from apl_train.model.files import read_parts
 
     tokenizer = read_parts(shipped.locate("base_model", shipped.MINIATURE)).tokenizer
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each way, by turn."""
     from diffusers import StableDiffusionPipeline
 
-    from apl_train.text import TextStack
+    from apl_train.model.text import TextStack
 
     tokenizer, encoder = modules()
     text = TextStack("sd1", {"emb_params": tokenizer}, {"emb_params": encoder})

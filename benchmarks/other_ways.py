@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apl_train.model_files import Parts
+from apl_train.model.files import Parts
 
 LENGTH, VECTORS = 77, 10
 

@@ -38,7 +38,7 @@ def diffusers_folder(out: Path) -> Path:
     """The miniature in diffusers' layout."""
     from diffusers import DDPMScheduler
 
-    from apl_train.model_files import read_parts
+    from apl_train.model.files import read_parts
 
     parts = read_parts(shipped.locate("base_model", shipped.MINIATURE))
     for name in ("unet", "vae", "text_encoder", "tokenizer"):
@@ -51,7 +51,7 @@ def pictures(out: Path) -> Path:
     """Eight pictures of S_ID as PNG files."""
     from PIL import Image
 
-    from apl_train.dataset import read_dataset
+    from apl_train.datasets.dataset import read_dataset
 
     out.mkdir(parents=True)
     for i, picture in enumerate(read_dataset(shipped.locate("s_id", shipped.MINIATURE), expect="id").images(range(8))):

@@ -42,7 +42,7 @@ def write(work: Path) -> None:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from apl_train.single_file import to_ldm
+    from apl_train.model.single_file import to_ldm
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # diffusers' defaults are SD1's otherwise
@@ -68,7 +68,7 @@ def write(work: Path) -> None:
 
 def settings(work: Path) -> object:
     """The preset as it ships, for two steps; seed 0 draws one sample of each set."""
-    from apl_train import config as configs
+    from apl_train.training import config as configs
 
     return configs.from_dict(configs.preset("sd15-paper") | {
         "base_model": str(work / "sd15.safetensors"), "s_id": str(work / "id"), "s_reg": str(work / "reg"), "steps": 2,
@@ -83,11 +83,11 @@ def train(work: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from apl_train.backend import Backend
-    from apl_train.memory import estimate
-    from apl_train.preflight import PeakMemory
-    from apl_train.trainer import Trainer
-    from apl_train.training import load_training_set
+    from apl_train.model.backend import Backend
+    from apl_train.training.command import load_training_set
+    from apl_train.training.memory import estimate
+    from apl_train.training.preflight import PeakMemory
+    from apl_train.training.trainer import Trainer
 
     config, kept = settings(work), {}
     expected = estimate(config.base_model, config)
@@ -158,7 +158,7 @@ def folder(work: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from apl_train.backend import Backend
+    from apl_train.model.backend import Backend
 
     seen, told = load_file(work / "train.safetensors"), json.loads((work / "train.json").read_text())
     config = dataclasses.replace(settings(work), base_model=str(work / "folder"))
@@ -180,8 +180,8 @@ def presets(work: Path) -> None:
     """What every preset takes on a CUDA device, by the estimate: none need be here."""
     import torch
 
-    from apl_train import config as configs
-    from apl_train.memory import estimate
+    from apl_train.training import config as configs
+    from apl_train.training.memory import estimate
 
     found = {name: estimate(work / "sd15.safetensors", configs.from_dict(configs.preset(name)),
                             as_on=torch.device("cuda")).to_dict()

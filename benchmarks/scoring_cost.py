@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from apl_core.identity import load_embedder
 from apl_train import claims, shipped
-from apl_train.face_cache import FaceCache, look
-from apl_train.pictures import PictureFolder
+from apl_train.datasets.pictures import PictureFolder
+from apl_train.folder_score.face_cache import FaceCache, look
 
 EDGE, DETECTOR, PART = 512, 640, 50  # pixels, pixels, pictures in a row
 

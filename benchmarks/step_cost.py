@@ -27,8 +27,9 @@ from other_ways import LENGTH, VECTORS, inversion_step, paper_step
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from apl_train import claims, config, shipped
-from apl_train.model_files import Parts, read_parts
+from apl_train import claims, shipped
+from apl_train.model.files import Parts, read_parts
+from apl_train.training import config
 
 PICTURES = 800
 """Distinct pictures of the sets that `apl make` builds: four of each of 100 persons, and 400 that name nobody."""
@@ -134,9 +135,9 @@ class Ours:
     """Our own step on the miniature checkpoint, and CPU seconds of what it computes once."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
-        from apl_train.backend import Backend
-        from apl_train.trainer import Trainer
-        from apl_train.training import load_training_set
+        from apl_train.model.backend import Backend
+        from apl_train.training.command import load_training_set
+        from apl_train.training.trainer import Trainer
 
         self.config = config.from_dict(config.preset("fast") | {"base_model": "miniature"} | changes)
         backend = Backend.load(shipped.locate("base_model", "miniature"))

@@ -23,7 +23,8 @@ import torch
 from step_cost import LENGTH, VECTORS, counted, per_sample
 from torch import Tensor
 
-from apl_train import claims, config
+from apl_train import claims
+from apl_train.training import config
 
 PRESET = "sdxl-fast"
 EDGE = 128

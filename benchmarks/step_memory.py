@@ -23,7 +23,7 @@ from other_ways import LENGTH, VECTORS, inversion_step, paper_step
 from step_cost import sd15
 
 from apl_train import claims
-from apl_train.memory import GIB, _bytes, _peak_of
+from apl_train.training.memory import GIB, _bytes, _peak_of
 
 
 def our_step(parts: Any) -> Callable[[], None]:

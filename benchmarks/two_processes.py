@@ -32,9 +32,9 @@ MARK = "two_processes: "
 def inside(count: int, looks: int) -> None:
     """One process: its share of `count` pictures drawn, then looked at `looks` times; the first one tells of all."""
     from apl_core.identity import load_embedder
-    from apl_train.backend import Backend
-    from apl_train.persons import read_evaluation_set
-    from apl_train.scoring import attribute_reader
+    from apl_train.model.backend import Backend
+    from apl_train.scoring.command import attribute_reader
+    from apl_train.scoring.persons import read_evaluation_set
 
     torch.set_num_threads(1)
     processes = this_process()

@@ -18,14 +18,14 @@ from apl_core.errors import ConfigError
 from apl_core.identity import load_embedder
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import claims, shipped
-from apl_train.backend import Backend, Samples
 from apl_train.baselines import BASELINES, Prepared
-from apl_train.baselines.edited import Edited
 from apl_train.baselines.measure import Ground, Instruments, ground, measure, score
 from apl_train.baselines.tuning import tune
-from apl_train.dataset import read_dataset
-from apl_train.persons import EvaluationSet, NeutralPrompt, read_evaluation_set
-from apl_train.scoring import attribute_reader
+from apl_train.datasets.dataset import read_dataset
+from apl_train.model.backend import Backend, Samples
+from apl_train.model.edited import Edited
+from apl_train.scoring.command import attribute_reader
+from apl_train.scoring.persons import EvaluationSet, NeutralPrompt, read_evaluation_set
 
 RESULTS = claims.FILE.parent / "results" / "baselines.json"
 VERSION = 1

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apl_train.backend import Backend
-from apl_train.bank import add_noise
-from apl_train.baselines.edited import pictures_of
 from apl_train.baselines.fine_tuning import Student, draws, frozen, noise_like, predicted, states_of
 from apl_train.baselines.protocol import Baseline, Person, between, one_of
 from apl_train.baselines.uce import ANCHORS
 from apl_train.baselines.wording import TEMPLATES, mentions
+from apl_train.model.backend import Backend
+from apl_train.model.edited import pictures_of
+from apl_train.training.bank import add_noise
 
 
 def ablation_loss(eps_anchor: Tensor, eps_name: Tensor) -> Tensor:

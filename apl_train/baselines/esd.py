@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apl_train.backend import Backend
-from apl_train.baselines.edited import ddim_step, schedule
 from apl_train.baselines.fine_tuning import Student, draws, frozen, noise_like, predicted, states_of
 from apl_train.baselines.protocol import Baseline, Person, between
 from apl_train.baselines.wording import mentions
+from apl_train.model.backend import Backend
+from apl_train.model.edited import ddim_step, schedule
 
 
 def erased_target(eps_null: Tensor, eps_c: Tensor, eta: float) -> Tensor:

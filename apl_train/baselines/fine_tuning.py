@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from apl_core.errors import TrainingError
-from apl_train.backend import Backend
-from apl_train.baselines.edited import Edited, copied_unet, cross_attentions
-from apl_train.text import Encoded
+from apl_train.model.backend import Backend
+from apl_train.model.edited import Edited, copied_unet, cross_attentions
+from apl_train.model.text import Encoded
 
 
 class Student:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apl_train.backend import Backend
-from apl_train.bank import add_noise
-from apl_train.baselines.edited import pictures_of
 from apl_train.baselines.fine_tuning import Student, draws, noise_like, predicted, states_of
 from apl_train.baselines.protocol import Baseline, Person, between
 from apl_train.baselines.wording import TEMPLATES, mentions
+from apl_train.model.backend import Backend
+from apl_train.model.edited import pictures_of
+from apl_train.training.bank import add_noise
 
 
 class Watched:

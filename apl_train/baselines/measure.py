@@ -17,13 +17,13 @@ from apl_core import id_scores
 from apl_core.errors import ScoreError
 from apl_core.id_scores import Interval
 from apl_core.identity import FaceEmbedder
-from apl_train import drift
-from apl_train.attributes import attr_acc
-from apl_train.backend import Backend
 from apl_train.baselines import BASELINES, Prepared
-from apl_train.gallery import Gallery, Threshold, build_gallery, faces_by_person, find_threshold, person_scores
-from apl_train.observe import Observed, Observer, Progress, shots_of
-from apl_train.persons import EvaluationSet, NeutralPrompt, PersonRecord
+from apl_train.model.backend import Backend
+from apl_train.scoring import drift
+from apl_train.scoring.attributes import attr_acc
+from apl_train.scoring.gallery import Gallery, Threshold, build_gallery, faces_by_person, find_threshold, person_scores
+from apl_train.scoring.observe import Observed, Observer, Progress, shots_of
+from apl_train.scoring.persons import EvaluationSet, NeutralPrompt, PersonRecord
 
 KINDS = {"unnamed_face": "unnamed_faces", "nonface": "nonfaces"}
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from apl_train.backend import Backend, Samples
-from apl_train.baselines.edited import Edited
 from apl_train.baselines.protocol import Baseline, Person, one_of
 from apl_train.baselines.wording import named_in
+from apl_train.model.backend import Backend, Samples
+from apl_train.model.edited import Edited
 
 GENERIC = "a famous person, a recognisable face"
 WHICH = ("mentioned", "everyone", "generic")

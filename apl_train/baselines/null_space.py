@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apl_train.backend import Backend
-from apl_train.baselines.edited import Edited, copied_unet, text_projections
 from apl_train.baselines.protocol import Baseline, Person, between, one_of
 from apl_train.baselines.uce import ANCHORS, anchored_rows, moment
+from apl_train.model.backend import Backend
+from apl_train.model.edited import Edited, copied_unet, text_projections
 
 
 def free_directions(retained: Tensor, fixed: Tensor, energy: float) -> Tensor:

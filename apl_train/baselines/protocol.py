@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from apl_core.errors import ConfigError, ModelError
-from apl_train.backend import Backend, Samples
+from apl_train.model.backend import Backend, Samples
 
 
 class Person(Protocol):

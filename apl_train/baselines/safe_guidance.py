@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apl_train.backend import Backend, Samples
-from apl_train.baselines.edited import Edited, ddim_step, schedule
 from apl_train.baselines.fine_tuning import frozen
 from apl_train.baselines.negative_prompt import WHICH, negative_for
 from apl_train.baselines.protocol import Baseline, Person, one_of
+from apl_train.model.backend import Backend, Samples
+from apl_train.model.edited import Edited, ddim_step, schedule
 
 
 @dataclass(frozen=True)

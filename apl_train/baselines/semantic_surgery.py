@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from apl_core.placement import LENGTH
-from apl_train.backend import Backend
-from apl_train.baselines.edited import Edited
 from apl_train.baselines.fine_tuning import states_of
 from apl_train.baselines.protocol import Baseline, Person, between, one_of
 from apl_train.baselines.wording import TEMPLATES, eos_row, mentions
-from apl_train.text import Encoded
+from apl_train.model.backend import Backend
+from apl_train.model.edited import Edited
+from apl_train.model.text import Encoded
 
 NEUTRAL = ("", "description")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from apl_core.atomic import write_bytes
 from apl_train.baselines.comparison import Comparison
-from apl_train.grids import fit, labelled, to_png
+from apl_train.report.grids import fit, labelled, to_png
 
 EDGE = 96
 LISTED, UNSEEN = 3, 3

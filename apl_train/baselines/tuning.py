@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apl_train.backend import Backend
 from apl_train.baselines.measure import Ground, Instruments, score
 from apl_train.baselines.protocol import Baseline, Person, Prepared
+from apl_train.model.backend import Backend
 
 Row = dict[str, Any]
 

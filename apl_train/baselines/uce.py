@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apl_train.backend import Backend
-from apl_train.baselines.edited import Edited, copied_unet, text_projections
 from apl_train.baselines.protocol import Baseline, Person, between, one_of
 from apl_train.baselines.wording import aligned_rows, eos_row, mentions
+from apl_train.model.backend import Backend
+from apl_train.model.edited import Edited, copied_unet, text_projections
 
 ANCHORS = ("description", "a person", "")
 

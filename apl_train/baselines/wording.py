@@ -10,8 +10,8 @@ from torch import Tensor
 
 from apl_core.errors import ConfigError
 from apl_core.placement import LENGTH
-from apl_train.backend import Backend
 from apl_train.baselines.protocol import Person
+from apl_train.model.backend import Backend
 
 TEMPLATES = ("{}", "A photo of {}", "A portrait of {}", "A close-up portrait of {}")
 """How a listed person is asked for while a method is prepared; all methods see the same sentences."""

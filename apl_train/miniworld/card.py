@@ -15,11 +15,11 @@ from apl_core.atomic import write_json
 from apl_core.identity import FaceEmbedder, load_embedder
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
 from apl_train import claims, shipped
-from apl_train.attributes import attr_acc
-from apl_train.backend import Backend
-from apl_train.evaluate import best_phrase, evaluate
-from apl_train.persons import EvaluationSet, read_evaluation_set
-from apl_train.scoring import StageBars, attribute_reader
+from apl_train.model.backend import Backend
+from apl_train.scoring.attributes import attr_acc
+from apl_train.scoring.command import StageBars, attribute_reader
+from apl_train.scoring.evaluate import best_phrase, evaluate
+from apl_train.scoring.persons import EvaluationSet, read_evaluation_set
 
 FILLER = "in bright colours, sharp focus, best quality, early morning,"
 """Neutral words of about the prefix's length: names must survive behind them (W5)."""
@@ -102,7 +102,8 @@ def write_card(cache: Path | None = None, seeds: int = 8) -> tuple[dict[str, Any
     bench = Bench(cache or Path("runs/cache"))
     card: dict[str, Any] = {"recogniser": _recognition(bench, bench.embedder),
                             "recogniser2": _recognition(bench, bench.second)}
-    scores = bench.evaluate(None, splits=("test",), conditions=("off", "description"), phrase=FILLER, seeds=seeds)
+    scores = bench.evaluate(None, splits=("test",), conditions=("off", "description"), phrase=FILLER, seeds=seeds,
+                            neutral_seeds=seeds)
     card["base"] = {k: scores[k] for k in ("persons", "drift", "uninvited_rate", "hashes", "settings")}
     write_json(folder() / "miniworld.json", card)
     test, n = scores["persons"]["test"], scores["persons"]["test"]["off"]["n_persons"]
@@ -126,13 +127,16 @@ def write_card(cache: Path | None = None, seeds: int = 8) -> tuple[dict[str, Any
 
 
 def _share(row: Mapping[str, Any], n: int) -> tuple[float | None, Sequence[float] | None, int]:
-    ratio = row["ratio_to_off"]
+    return _ratio(row["ratio_to_off"], n)
+
+
+def _ratio(ratio: Mapping[str, float | None], n: int) -> tuple[float | None, Sequence[float] | None, int]:
     interval = None if ratio["lo"] is None else [ratio["lo"], ratio["hi"]]
     return ratio["value"], interval, n
 
 
 def _text(title: str, scores: dict[str, Any], first: dict[str, Any] | None = None) -> str:
-    from apl_train.table import score_table
+    from apl_train.report.table import score_table
 
     head = [title]
     if first:
@@ -168,14 +172,14 @@ def write_prefix_scores(prefix: str = shipped.PREFIX, cache: Path | None = None,
                              progress=bench.bars)
     finally:
         bench.bars.close()
-    scores = bench.evaluate(prompt, splits=("test",), phrase=choice.phrase, seeds=seeds)
+    scores = bench.evaluate(prompt, splits=("test",), phrase=choice.phrase, seeds=seeds, neutral_seeds=seeds)
     trained = bench.evaluate(prompt, neutral=False, splits=("train",), conditions=("off", "on"), seeds=seeds // 2)
     second = bench.evaluate(prompt, bench.second, neutral=False, splits=("test",), conditions=("off", "on"),
                             seeds=seeds // 2)
     # a template cannot stand ahead of a prompt without a name: its drift is measured with the name's place left empty
     bare = choice.phrase.replace("{}", "").strip() + " "
-    moved = bench.evaluate(prompt, splits=("test",), persons_limit=2, conditions=("off", "on"), phrase=bare.strip(),
-                           seeds=2)
+    moved = bench.evaluate(prompt, splits=("test",), persons_limit=2, conditions=("off", "phrase"), phrase=bare.strip(),
+                           seeds=2, neutral_seeds=seeds)
     scores["persons"]["train"] = trained["persons"]["train"]
     result = {"scores": scores, "second_recogniser": second["persons"], "phrase": choice.phrase,
               "phrases": dict(choice.joint_success), "phrase_drift": moved["drift"]}
@@ -200,9 +204,9 @@ def write_prefix_scores(prefix: str = shipped.PREFIX, cache: Path | None = None,
     }
     for key, kind in (("things", "nonfaces"), ("unnamed", "unnamed_faces")):
         row = drift[kind]
-        found[f"drift-{key}"] = (row["on"] / row["two_seeds"], None, pairs[kind])
-        found[f"drift-{key}-random"] = (row["on"] / row["random"], None, pairs[kind])
-    ratio = [moved["drift"][k]["on"] / moved["drift"][k]["phrase"] for k in drift if moved["drift"][k].get("phrase")]
+        found[f"drift-{key}"] = _ratio(row["ratio_to_two_seeds"]["on"], pairs[kind])
+        found[f"drift-{key}-random"] = _ratio(row["ratio_on_to_random"], pairs[kind])
+    ratio = [drift[k]["on"] / moved["drift"][k]["phrase"] for k in drift if moved["drift"][k].get("phrase")]
     if ratio:
         found["beats-phrase-drift"] = (max(ratio), None, sum(pairs.values()))
     if final:

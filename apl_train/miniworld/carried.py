@@ -26,12 +26,12 @@ from apl_core.onnx_models import file_hash
 from apl_core.placement import LENGTH
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import claims, shipped
-from apl_train.backend import Backend
-from apl_train.baselines.edited import Edited
-from apl_train.drift import random_vectors
-from apl_train.grids import labelled, to_png
 from apl_train.miniworld.card import FILLER, Bench, folder
-from apl_train.text import Encoded, Vectors
+from apl_train.model.backend import Backend
+from apl_train.model.edited import Edited
+from apl_train.model.text import Encoded, Vectors
+from apl_train.report.grids import labelled, to_png
+from apl_train.scoring.drift import random_vectors
 
 RELATIVES = ("miniature-1.4", "miniature-realistic")
 SDXL, NATIVE = "miniature-sdxl", "anonymize-miniature-sdxl"
@@ -119,7 +119,7 @@ def carried_prefixes(prefix: str = shipped.PREFIX) -> dict[str, AnonymizationPro
     """
     from apl_core.token_tables import read_table, read_tables
     from apl_core.transfer import TransferSettings, caption_weights, transfer
-    from apl_train.model_files import TOKENIZER, read_tokenizer
+    from apl_train.model.files import TOKENIZER, read_tokenizer
 
     prompt = load_prefix(shipped.prefix_file(prefix))
     source = read_table(shipped.locate("base_model", shipped.MINIATURE))

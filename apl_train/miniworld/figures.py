@@ -15,8 +15,8 @@ from PIL import Image
 from apl_core.atomic import write_with
 from apl_core.prefix import load_prefix
 from apl_train import claims, shipped
-from apl_train.backend import Backend
-from apl_train.persons import read_evaluation_set
+from apl_train.model.backend import Backend
+from apl_train.scoring.persons import read_evaluation_set
 from apl_train.tables.command import evaluate_tables
 from apl_train.tables.settings import read_settings
 

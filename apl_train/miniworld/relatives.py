@@ -120,8 +120,8 @@ def relative_checkpoint(name: str, folder: Path, assets: Path | None = None) -> 
     Raises:
         ModelError: there is no such relative, or its file is missing.
     """
-    from apl_train.backend import Backend
-    from apl_train.single_file import to_ldm
+    from apl_train.model.backend import Backend
+    from apl_train.model.single_file import to_ldm
 
     _recipe(name)
     assets = assets or ASSETS

@@ -18,7 +18,7 @@ from apl_train.tables import document, results
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.results import Table
 from apl_train.tables.settings import TABLES, EvaluateSettings, check_there, read_settings
-from apl_train.training import ctrl_c
+from apl_train.training.command import ctrl_c
 
 Measure = Callable[[Evaluation], Table]
 _WHERE = {"table1": ("table1", "measure"), "table2": ("table2", "measure"), "fig5": ("newcomers", "measure"),

@@ -14,7 +14,7 @@ from apl_core.atomic import write_text
 from apl_core.onnx_models import file_hash
 from apl_core.prefix import load_prefix
 from apl_train import claims, shipped
-from apl_train.table import measured, number
+from apl_train.report.table import measured, number
 from apl_train.tables.results import PAPER, cell_text, command, read_all
 
 HEAD = """# Results

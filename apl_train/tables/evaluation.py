@@ -9,10 +9,10 @@ from typing import Any
 
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import shipped
-from apl_train.backend import Backend
-from apl_train.persons import PersonRecord
-from apl_train.precision import chosen
+from apl_train.model.backend import Backend
+from apl_train.model.precision import chosen
 from apl_train.processes import Processes, this_process
+from apl_train.scoring.persons import PersonRecord
 from apl_train.tables.cells import Runner
 from apl_train.tables.instruments import Instruments
 from apl_train.tables.looks import Camera

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from apl_core.errors import ConfigError, ScoreError
 from apl_core.identity import FaceEmbedder, load_embedder
 from apl_train import shipped
-from apl_train.attributes import AttributeReader
-from apl_train.backend import Backend
-from apl_train.gallery import Gallery, build_gallery
-from apl_train.persons import EvaluationSet, PersonRecord, read_evaluation_set
+from apl_train.model.backend import Backend
+from apl_train.scoring.attributes import AttributeReader
+from apl_train.scoring.gallery import Gallery, build_gallery
+from apl_train.scoring.persons import EvaluationSet, PersonRecord, read_evaluation_set
 from apl_train.tables.clip_score import Clip, OnnxClip, OpenClip, TorchmetricsClip
 from apl_train.tables.farl import FarlAttributes
 from apl_train.tables.features import Extractor, Inception, Penultimate, average_cosine

@@ -12,8 +12,8 @@ from apl_core.atomic import write_text
 from apl_core.errors import ScoreError
 from apl_core.id_scores import Interval
 from apl_train import shipped
-from apl_train.charts import sweep_plot
-from apl_train.svg import standalone
+from apl_train.report.charts import sweep_plot
+from apl_train.report.svg import standalone
 from apl_train.tables.document import figure_folder
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.looks import scores_of

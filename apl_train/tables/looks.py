@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from apl_core.id_scores import PersonScores
-from apl_train.gallery import Gallery, person_scores
-from apl_train.observe import PART, Observed, Shot
-from apl_train.persons import PersonRecord
+from apl_train.scoring.gallery import Gallery, person_scores
+from apl_train.scoring.observe import PART, Observed, Shot
+from apl_train.scoring.persons import PersonRecord
 from apl_train.tables.cells import Cell, Outcome, Runner
 from apl_train.tables.instruments import Instruments, digest
 from apl_train.tables.methods import Method

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apl_core.prefix import AnonymizationPrompt, load_prefix
 from apl_train import shipped
-from apl_train.backend import Backend, Samples
+from apl_train.model.backend import Backend, Samples
 from apl_train.tables.instruments import digest
 
 Sampler = Callable[..., Samples]

@@ -27,12 +27,11 @@ from apl_core.errors import ConfigError, DatasetError
 from apl_core.id_scores import PersonScores
 from apl_core.prefix import AnonymizationPrompt
 from apl_train import shipped
-from apl_train.charts import sweep_plot
-from apl_train.dreambooth import DreamBooth, Teaching, prior_latents, subject
-from apl_train.observe import Shot
-from apl_train.persons import PICTURES, PersonRecord, read_evaluation_set
-from apl_train.pictures import PictureFolder
-from apl_train.svg import standalone
+from apl_train.datasets.pictures import PictureFolder
+from apl_train.report.charts import sweep_plot
+from apl_train.report.svg import standalone
+from apl_train.scoring.observe import Shot
+from apl_train.scoring.persons import PICTURES, PersonRecord, read_evaluation_set
 from apl_train.tables.cells import Cell, Outcome
 from apl_train.tables.document import figure_folder
 from apl_train.tables.evaluation import Evaluation
@@ -40,6 +39,7 @@ from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.settings import Size
 from apl_train.tables.sweeps import point
 from apl_train.tables.trained import trained
+from apl_train.training.dreambooth import DreamBooth, Teaching, prior_latents, subject
 
 FIGURES = {"full": "newcomers.svg", "lora": "newcomers-lora.svg"}
 CLAIMS = {"full": "dreambooth-drop", "lora": "dreambooth-lora-drop"}

@@ -14,8 +14,8 @@ from PIL import Image
 
 from apl_core import id_scores
 from apl_core.atomic import write_with
-from apl_train.grids import labelled
-from apl_train.observe import Shot
+from apl_train.report.grids import labelled
+from apl_train.scoring.observe import Shot
 from apl_train.tables.document import figure_folder
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.looks import scores_of

@@ -16,7 +16,7 @@ from apl_core.atomic import write_json
 from apl_core.errors import ScoreError
 from apl_core.id_scores import Interval
 from apl_train import claims
-from apl_train.table import interval, measured, number
+from apl_train.report.table import interval, measured, number
 
 PAPER = "paper, real weights"
 NOT_RUN = "not run"

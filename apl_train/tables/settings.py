@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apl_core.errors import ConfigError
-from apl_train.config import read_yaml
+from apl_train.training.config import read_yaml
 
 PRESETS = Path(__file__).with_name("presets")
 TABLES = ("table1", "table2", "table3", "table4", "fig5", "fig6", "fig7", "fig8", "loss")

@@ -14,9 +14,9 @@ from apl_core import id_scores
 from apl_core.atomic import write_text
 from apl_core.errors import ConfigError
 from apl_core.id_scores import Interval
-from apl_train import paper_figures
-from apl_train.charts import sweep_plot
-from apl_train.svg import standalone
+from apl_train.report import paper_figures
+from apl_train.report.charts import sweep_plot
+from apl_train.report.svg import standalone
 from apl_train.tables.document import figure_folder
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.looks import scores_of

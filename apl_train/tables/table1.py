@@ -11,8 +11,8 @@ from typing import Any
 from apl_core import id_scores
 from apl_core.errors import APLError, TrainingStopped
 from apl_core.id_scores import Interval
-from apl_train import paper_figures
-from apl_train.backend import Backend
+from apl_train.model.backend import Backend
+from apl_train.report import paper_figures
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.looks import scores_of
 from apl_train.tables.methods import Method, base_method, prefix_method

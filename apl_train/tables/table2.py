@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from apl_core import id_scores
 from apl_core.errors import APLError, ScoreError, TrainingStopped
 from apl_core.id_scores import Interval, PersonScores
-from apl_train import claims, paper_figures, shipped
-from apl_train.attributes import attr_acc
-from apl_train.dataset import read_dataset
-from apl_train.persons import PersonRecord
+from apl_train import claims, shipped
+from apl_train.datasets.dataset import read_dataset
+from apl_train.report import paper_figures
+from apl_train.scoring.attributes import attr_acc
+from apl_train.scoring.persons import PersonRecord
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.features import average_cosine
 from apl_train.tables.frechet import fid

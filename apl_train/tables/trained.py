@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from apl_core.prefix import AnonymizationPrompt, load_prefix
-from apl_train import config as configs
-from apl_train.config import TrainConfig
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.settings import Size
-from apl_train.training import resume, train
+from apl_train.training import config as configs
+from apl_train.training.command import resume, train
+from apl_train.training.config import TrainConfig
 
 NAME = "sweep"
 

@@ -26,7 +26,7 @@ from webui_host import Server, host_folder, running
 
 from apl_core.prefix import AnonymizationPrompt
 from apl_train import claims, shipped
-from apl_train.backend import Backend
+from apl_train.model.backend import Backend
 
 PROMPTS = ["A close-up portrait of otis kelzan", "A photo of arthur malket", "a red bicycle", "a woman with long hair"]
 SEEDS, STEPS, GUIDANCE = [1, 2, 3, 4], 20, 3.0

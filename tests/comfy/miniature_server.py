@@ -20,7 +20,7 @@ from enforced_server import HERE, Server
 from PIL import Image
 
 from apl_train import shipped
-from apl_train.persons import read_evaluation_set
+from apl_train.scoring.persons import read_evaluation_set
 
 PERSON = "arthur malket"
 SD1, SDXL = "v1-5-pruned-emaonly.safetensors", "sd_xl_base_1.0.safetensors"

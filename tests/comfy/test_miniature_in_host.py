@@ -27,10 +27,10 @@ from apl_core.identity import load_embedder
 from apl_core.library import PrefixLibrary, shipped_folder
 from apl_core.prefix import load_prefix
 from apl_train import claims, shipped
-from apl_train.backend import Backend
-from apl_train.gallery import build_gallery
-from apl_train.observe import shots_of
-from apl_train.persons import read_evaluation_set
+from apl_train.model.backend import Backend
+from apl_train.scoring.gallery import build_gallery
+from apl_train.scoring.observe import shots_of
+from apl_train.scoring.persons import read_evaluation_set
 
 PERSONS, SEEDS = int(os.environ.get("APL_PERSONS", "8")), int(os.environ.get("APL_SEEDS", "2"))
 STEPS, GUIDANCE = 20, 3.0

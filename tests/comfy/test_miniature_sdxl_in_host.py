@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from apl_train import claims, shipped
-from apl_train.backend import Backend
+from apl_train.model.backend import Backend
 
 PROMPTS = ["A close-up portrait of otis kelzan", "A photo of arthur malket", "a red bicycle", "a woman with long hair"]
 SEEDS, STEPS, GUIDANCE = [1, 2, 3, 4], 20, 3.0

@@ -11,7 +11,7 @@ from in_pack import module
 
 from apl_core.prefix import load_prefix
 from apl_train import claims
-from apl_train.state import has_state, load_state
+from apl_train.training.state import has_state, load_state
 
 process = module("comfy_nodes.training_process")
 pictures = module("comfy_nodes.training_pictures")
@@ -91,7 +91,7 @@ def test_what_goes_wrong_is_told_in_the_trainers_words(tmp_path: Path, monkeypat
 
 
 def test_presets_are_the_trainers() -> None:
-    from apl_train.config import preset_names
+    from apl_train.training.config import preset_names
 
     text = (Path(process.ROOT) / "comfy_nodes" / "nodes_train.py").read_text("utf-8")
     presets = text.partition("\nPRESETS = (")[2].partition(")")[0]

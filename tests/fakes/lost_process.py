@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from apl_train import cli, generate
+from apl_train.commands import cli
+from apl_train.datasets import generate
 from apl_train.processes import this_process
 
 

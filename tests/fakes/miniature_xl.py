@@ -11,7 +11,7 @@ from apl_core.library import PrefixLibrary, shipped_folder
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
 from apl_train.miniworld.sdxl_file import NAME, PARTS
-from apl_train.model_files import TOKENIZER, read_tokenizer
+from apl_train.model.files import TOKENIZER, read_tokenizer
 
 HALF = PARTS / f"{NAME}.safetensors"
 WHY_NOT = f"no {HALF.name} in this installation"

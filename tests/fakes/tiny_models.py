@@ -98,7 +98,7 @@ def write_checkpoint(folder: Path) -> Path:
     import yaml
     from safetensors.torch import save_file
 
-    from apl_train.single_file import ldm_config, to_ldm
+    from apl_train.model.single_file import ldm_config, to_ldm
 
     models = unet(), vae(), text_encoder()
     write_tokenizer(folder / "tokenizer")

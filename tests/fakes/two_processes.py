@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from apl_core.errors import APLError, ConfigError, TrainingStopped
-from apl_train import training
-from apl_train.backend import Backend
-from apl_train.config import TrainConfig
-from apl_train.model_files import read_parts
-from apl_train.observe import Observer, shots_of
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
 from apl_train.processes import this_process
-from apl_train.trainer import Trainer
+from apl_train.scoring.observe import Observer, shots_of
+from apl_train.training import command as training
+from apl_train.training.config import TrainConfig
+from apl_train.training.trainer import Trainer
 
 SETTINGS = {"num_tokens": 3, "batch_size": 5, "steps": 6, "levels_every": 2, "save_every": 4, "learning_rate": 0.01}
 PROMPTS = ["photo of ab", "a tree", "cd", "a man", "a car"]

@@ -29,7 +29,7 @@ from page_driver import (
     wait_for,
 )
 
-from apl_train.state import load_state
+from apl_train.training.state import load_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.world, pytest.mark.timeout(3600)]
 

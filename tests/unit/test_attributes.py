@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apl_core.errors import ScoreError
-from apl_train.attributes import AttributeReader, attr_acc
+from apl_train.scoring.attributes import AttributeReader, attr_acc
 
 HEADS = {"gender": ["female", "male"], "hair": ["short", "curly", "long"]}
 WEIGHTS = {"gender": np.array([[3, 0], [0, 3], [1, 1]], np.float32), "hair": np.eye(3, dtype=np.float32)}

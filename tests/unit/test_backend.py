@@ -17,9 +17,9 @@ from torch import Tensor
 
 from apl_core.atomic import write_safetensors
 from apl_core.errors import ConfigError, DatasetError, ModelError, PrefixFileError
-from apl_train.backend import Backend
-from apl_train.model_files import Parts
-from apl_train.single_file import ldm_config, to_ldm
+from apl_train.model.backend import Backend
+from apl_train.model.files import Parts
+from apl_train.model.single_file import ldm_config, to_ldm
 
 pytest.importorskip("diffusers")
 

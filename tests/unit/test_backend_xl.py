@@ -15,9 +15,9 @@ from torch import Tensor
 
 from apl_core.atomic import write_safetensors
 from apl_core.errors import ConfigError, ModelError
-from apl_train.backend import Backend
-from apl_train.model_files import Parts, read_parts
-from apl_train.single_file_xl import sgm_config, to_sgm
+from apl_train.model.backend import Backend
+from apl_train.model.files import Parts, read_parts
+from apl_train.model.single_file_xl import sgm_config, to_sgm
 
 pytest.importorskip("diffusers")
 

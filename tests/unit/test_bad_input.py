@@ -23,9 +23,9 @@ from PIL import Image
 from apl_core.errors import APLError, ConfigError, DatasetError, PrefixFileError, StorageError
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
-from apl_train import dataset, pictures
-from apl_train.config import read_yaml
-from apl_train.dataset import problems, read_dataset
+from apl_train.datasets import dataset, pictures
+from apl_train.datasets.dataset import problems, read_dataset
+from apl_train.training.config import read_yaml
 
 HEADING = "image,name,prompt,description,kind\n"
 GOOD = "a.png,Ada Brown,a photo of Ada Brown,A female painter,id\n"
@@ -347,7 +347,7 @@ def test_a_limit_of_the_operating_system(tmp_path: Path) -> None:
         "except StorageError as error: sys.exit(f'{error.message}|{error.hint}')\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "old.safetensors")], capture_output=True,
-                          text=True, check=False, cwd=Path(dataset.__file__).parents[1])
+                          text=True, check=False, cwd=Path(dataset.__file__).parents[2])
     assert done.returncode == 1 and "File too large" in done.stderr and done.stderr.strip().split("|")[1]
     assert tree(tmp_path) == before
 

@@ -13,10 +13,10 @@ from fakes import tiny_models as tiny
 from safetensors.torch import save_file
 
 from apl_core.errors import ModelError
-from apl_train.base_model import kind_of
-from apl_train.checkpoint import open_checkpoint, schedule
-from apl_train.model_files import find_model, read_parts
-from apl_train.single_file import ldm_config, to_ldm
+from apl_train.model.base_model import kind_of
+from apl_train.model.checkpoint import open_checkpoint, schedule
+from apl_train.model.files import find_model, read_parts
+from apl_train.model.single_file import ldm_config, to_ldm
 
 pytest.importorskip("diffusers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def test_shapes_of_stable_diffusion_1_give_its_published_configuration() -> None
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from apl_train.checkpoint import config_from_shapes
+    from apl_train.model.checkpoint import config_from_shapes
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -195,7 +195,7 @@ def refuse(*args, **kwargs):
     raise OSError("there is no network here")
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = socket.create_connection = refuse
-from apl_train.backend import Backend
+from apl_train.model.backend import Backend
 found = [Backend.load(source) for source in sys.argv[1:]]
 assert [b.name for b in found] == ["model", "folder", "tiny-sd"], [b.name for b in found]
 import torch

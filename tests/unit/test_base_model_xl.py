@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from test_single_file_xl import real_shapes
 
 from apl_core.errors import ModelError
-from apl_train.base_model import kind_of
-from apl_train.checkpoint import config_from_shapes, open_checkpoint, schedule
-from apl_train.checkpoint_xl import read_sgm
-from apl_train.model_files import read_parts
-from apl_train.single_file import to_ldm
-from apl_train.single_file_xl import sgm_config, to_sgm
+from apl_train.model.base_model import kind_of
+from apl_train.model.checkpoint import config_from_shapes, open_checkpoint, schedule
+from apl_train.model.checkpoint_xl import read_sgm
+from apl_train.model.files import read_parts
+from apl_train.model.single_file import to_ldm
+from apl_train.model.single_file_xl import sgm_config, to_sgm
 
 pytest.importorskip("diffusers")
 

@@ -10,12 +10,12 @@ import torch
 from fakes import tiny_models as tiny
 
 from apl_core.errors import ConfigError, ModelError
-from apl_train.backend import Backend
 from apl_train.baselines import BASELINES
-from apl_train.baselines.edited import text_projections
 from apl_train.baselines.null_space import confined_change, free_directions, most_affected
 from apl_train.baselines.uce import anchored_rows, edited_projection, moment
 from apl_train.baselines.wording import TEMPLATES, aligned_rows, mentions
+from apl_train.model.backend import Backend
+from apl_train.model.edited import text_projections
 
 pytest.importorskip("diffusers")
 PEOPLE = [SimpleNamespace(name="ab cd", description="x y z"), SimpleNamespace(name="efg", description="q")]

@@ -10,13 +10,13 @@ import torch
 from fakes import tiny_models as tiny
 
 from apl_core.errors import ConfigError, TrainingError
-from apl_train.backend import Backend
 from apl_train.baselines import BASELINES
 from apl_train.baselines.concept_ablation import ablation_loss
-from apl_train.baselines.edited import cross_attentions, ddim_step, schedule
 from apl_train.baselines.esd import erased_target
 from apl_train.baselines.fine_tuning import Student, draws, predicted, states_of
 from apl_train.baselines.forget_me_not import Watched, attention_to
+from apl_train.model.backend import Backend
+from apl_train.model.edited import cross_attentions, ddim_step, schedule
 
 pytest.importorskip("diffusers")
 PEOPLE = [SimpleNamespace(name="ab cd", description="x y z"), SimpleNamespace(name="efg", description="q")]

@@ -24,7 +24,7 @@ from apl_train.baselines import comparison, strips
 from apl_train.baselines.measure import Instruments, ground, measure, score
 from apl_train.baselines.protocol import Baseline, Prepared
 from apl_train.baselines.tuning import chosen, objective, tune
-from apl_train.persons import EvaluationSet, NeutralPrompt, PersonRecord
+from apl_train.scoring.persons import EvaluationSet, NeutralPrompt, PersonRecord
 
 PERSONS = tuple(PersonRecord(f"person{i:02}", "train" if i < 8 else "test", f"c2 of {i}", {"gender": "female"},
                              ("x", "y")) for i in range(16))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from fakes import tiny_models as tiny
 
-from apl_train.backend import Backend
 from apl_train.baselines import BASELINES
 from apl_train.baselines.negative_prompt import GENERIC, negative_for
 from apl_train.baselines.safe_guidance import STRENGTHS, Strength, _Safe, safety_term
 from apl_train.baselines.semantic_surgery import gate, presence, shifted
 from apl_train.baselines.wording import named_in
+from apl_train.model.backend import Backend
 
 pytest.importorskip("diffusers")
 PEOPLE = [SimpleNamespace(name="ab cd", description="x y z"), SimpleNamespace(name="efg", description="q")]

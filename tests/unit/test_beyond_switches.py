@@ -14,15 +14,15 @@ from apl_core.prefix import load_prefix
 
 pytest.importorskip("diffusers")
 
-from apl_train.backend import Backend
-from apl_train.bank import TargetBank, add_noise, draw_rows, draw_scales
-from apl_train.config import TrainConfig, from_dict, preset
-from apl_train.dataset import problems, read_dataset
-from apl_train.model_files import read_parts
-from apl_train.pseudo_identity import Inversion, add_words, invert, make_pseudo, noun_in, read_words, word_of
-from apl_train.samples import TrainingSet
-from apl_train.state import seed_of, step_generator
-from apl_train.trainer import Trainer
+from apl_train.datasets.dataset import problems, read_dataset
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.seeds import seed_of, step_generator
+from apl_train.training.bank import TargetBank, add_noise, draw_rows, draw_scales
+from apl_train.training.config import TrainConfig, from_dict, preset
+from apl_train.training.pseudo_identity import Inversion, add_words, invert, make_pseudo, noun_in, read_words, word_of
+from apl_train.training.samples import TrainingSet
+from apl_train.training.trainer import Trainer
 
 WORLD = tuple[Path, Backend, TrainingSet]
 
@@ -288,7 +288,7 @@ def test_words_of_another_model_or_under_a_wrong_name_are_refused(world: WORLD, 
 
 
 def test_words_need_a_model_with_one_encoder() -> None:
-    from apl_train.text import TextStack
+    from apl_train.model.text import TextStack
 
     stack = TextStack.__new__(TextStack)
     stack.encoders = {"clip_l": None, "clip_g": None}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from apl_core.errors import DatasetError
-from apl_train.cast import CastMember, cast_problems, neutral_prompts, read_cast, table_of, write_cast
-from apl_train.dataset import _has, _words
+from apl_train.datasets.cast import CastMember, cast_problems, neutral_prompts, read_cast, table_of, write_cast
+from apl_train.datasets.dataset import _has, _words
 
 PEOPLE = read_cast(table_of("public"))
 PARTICLES = {"da", "del"}
@@ -45,7 +45,7 @@ def test_descriptions_follow_the_papers_template() -> None:
 
 def test_descriptions_fit_beside_the_prefix() -> None:
     from apl_core.placement import capacity
-    from apl_train.model_files import TOKENIZER, read_tokenizer
+    from apl_train.model.files import TOKENIZER, read_tokenizer
 
     tokenizer = read_tokenizer(TOKENIZER)
     for person in PEOPLE:

@@ -17,7 +17,8 @@ import pytest
 
 from apl_core.errors import ConfigError, ScoreError
 from apl_core.prefix import load_prefix
-from apl_train import claims, cli
+from apl_train import claims
+from apl_train.commands import cli
 
 ROOT = Path(claims.__file__).resolve().parent.parent
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from apl_train import claims, cli
-from apl_train import config as configs
+from apl_train import claims
+from apl_train.commands import cli
+from apl_train.training import config as configs
 
 
 def squeezed(text: str) -> str:
@@ -248,7 +249,7 @@ def test_other_import_errors_of_the_libraries_stay_what_they_are(monkeypatch: py
         raise RuntimeError("Failed to import diffusers.models because of the following error")
 
     monkeypatch.setattr(cli, "_run_claims", fail)
-    monkeypatch.setattr("apl_train.doctor.misfits", dict)
+    monkeypatch.setattr("apl_train.commands.doctor.misfits", dict)
     with pytest.raises(RuntimeError, match="Failed to import"):
         cli.main(["claims"])
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from apl_train import cli
+from apl_train.commands import cli
 
 pytest.importorskip("diffusers")
 SD_IN = "model.diffusion_model.input_blocks.0.0.weight"

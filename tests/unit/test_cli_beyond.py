@@ -12,7 +12,7 @@ from fakes import tiny_models as tiny
 
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from apl_train import cli
+from apl_train.commands import cli
 
 
 def prefix(path: Path, seed: int, width: int = 32) -> Path:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
 from apl_core.transfer import RECORD
-from apl_train.cli import main
+from apl_train.commands.cli import main
 
 VOCABULARY = 49408
 SD1 = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
@@ -25,7 +25,7 @@ WORDS = ("photo", "person", "with", "dog", "cat", "house", "tree", "river", "car
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models that are token tables and nothing else: only the words of WORDS are alike in both."""
-    from apl_train.model_files import TOKENIZER, read_tokenizer
+    from apl_train.model.files import TOKENIZER, read_tokenizer
 
     made = tmp_path_factory.mktemp("models")
     g = torch.Generator().manual_seed(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apl_core.errors import ConfigError
-from apl_train import config
+from apl_train.training import config
 
 
 @pytest.mark.parametrize("name", config.preset_names())

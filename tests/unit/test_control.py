@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from apl_train import cli
 from apl_train.__main__ import main
-from apl_train.control import FILE, VARIABLE, leave_code, obeying
+from apl_train.commands import cli
+from apl_train.training.control import FILE, VARIABLE, leave_code, obeying
 
 
 def test_without_a_job_only_signals_count(monkeypatch: pytest.MonkeyPatch) -> None:

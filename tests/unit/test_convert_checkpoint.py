@@ -10,9 +10,9 @@ import pytest
 import torch
 from fakes import tiny_models as tiny
 
-from apl_train import cli
-from apl_train.model_files import read_parts
-from apl_train.single_file import to_ldm
+from apl_train.commands import cli
+from apl_train.model.files import read_parts
+from apl_train.model.single_file import to_ldm
 
 pytest.importorskip("diffusers")
 

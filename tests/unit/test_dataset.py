@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from apl_core.errors import ConfigError, DatasetError
-from apl_train.dataset import COLUMNS, Record, problems, read_dataset
+from apl_train.datasets.dataset import COLUMNS, Record, problems, read_dataset
 
 ID_ROWS = [
     ("a.png", "Ada Brown", "a photo of Ada Brown", "A female scientist, with brown hair", "id"),

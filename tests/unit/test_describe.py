@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from apl_core.errors import ConfigError, DatasetError
-from apl_train.cast import CastMember, read_cast
-from apl_train.describe import Endpoint, draft, parse, template
+from apl_train.datasets.cast import CastMember, read_cast
+from apl_train.datasets.describe import Endpoint, draft, parse, template
 
 
 @pytest.mark.parametrize(("parts", "expected"), [  # table A1 of the paper

@@ -13,14 +13,14 @@ from fakes import tiny_models as tiny
 pytest.importorskip("diffusers")
 
 from apl_core.errors import TrainingError
-from apl_train.backend import Backend
-from apl_train.bank import frozen_predictions
-from apl_train.config import TrainConfig
-from apl_train.dataset import read_dataset
-from apl_train.model_files import read_parts
+from apl_train.datasets.dataset import read_dataset
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
 from apl_train.processes import Processes
-from apl_train.samples import TrainingSet
-from apl_train.trainer import Trainer, initial_vectors
+from apl_train.training.bank import frozen_predictions
+from apl_train.training.config import TrainConfig
+from apl_train.training.samples import TrainingSet
+from apl_train.training.trainer import Trainer, initial_vectors
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from fakes import tiny_models as tiny
 pytest.importorskip("diffusers")
 
 from apl_core.errors import ConfigError, DatasetError, TrainingError
-from apl_train.backend import Backend
-from apl_train.dreambooth import DreamBooth, Teaching, subject
-from apl_train.model_files import read_parts
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.training.dreambooth import DreamBooth, Teaching, subject
 
 SETTINGS = DreamBooth(token="v", template="photo of {}", learning_rate=2e-3, batch_size=4, prior_pictures=2)
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -55,7 +55,7 @@ def test_the_loss_is_equation_1_on_both_captions(backend: Backend, pictures: np.
     """The first loss, step by step with the scheduler of diffusers."""
     from diffusers import DDPMScheduler
 
-    from apl_train.state import seed_of, step_generator
+    from apl_train.seeds import seed_of, step_generator
 
     teaching = Teaching(backend, pictures, "man", SETTINGS)
     prior = teaching._prior

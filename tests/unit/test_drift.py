@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apl_core.errors import ScoreError
-from apl_train import drift
+from apl_train.scoring import drift
 
 PROMPTS = ("a", "b", "c", "d")
 SEEDS = 3

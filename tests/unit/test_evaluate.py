@@ -21,9 +21,9 @@ from PIL import Image
 
 from apl_core.errors import ScoreError
 from apl_core.identity import Face
-from apl_train.evaluate import best_phrase, evaluate
-from apl_train.observe import Shot
-from apl_train.persons import EvaluationSet, NeutralPrompt, PersonRecord
+from apl_train.scoring.evaluate import best_phrase, evaluate
+from apl_train.scoring.observe import Shot
+from apl_train.scoring.persons import EvaluationSet, NeutralPrompt, PersonRecord
 
 SEEDS = 5
 NORM = 3.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from apl_core.errors import StorageError
-from apl_train.events import EVENTS, EventLog, read_events
+from apl_train.training.events import EVENTS, EventLog, read_events
 
 
 def test_events_are_appended_one_json_object_a_line(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from apl_core.errors import ConfigError, DatasetError, TrainingStopped
-from apl_train import generate
-from apl_train.cast import CastMember, NeutralLine
-from apl_train.contact_sheet import Frame, write_sheets
-from apl_train.dataset import problems, read_dataset
-from apl_train.generate import Drawing, Studio, wanted_of_cast, wanted_of_prompts
+from apl_train.datasets import generate
+from apl_train.datasets.cast import CastMember, NeutralLine
+from apl_train.datasets.contact_sheet import Frame, write_sheets
+from apl_train.datasets.dataset import problems, read_dataset
+from apl_train.datasets.generate import Drawing, Studio, wanted_of_cast, wanted_of_prompts
 from apl_train.processes import Processes
 
 PEOPLE = [CastMember("Ada Hill", "train", "A woman, dark hair"), CastMember("Bo Lake", "train", "A man, beard"),

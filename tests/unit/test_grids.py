@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from apl_core.errors import ScoreError
-from apl_train import grids
+from apl_train.report import grids
 
 
 def pictures(rows: int, columns: int, height: int = 5, width: int = 4) -> np.ndarray:

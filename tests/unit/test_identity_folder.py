@@ -14,14 +14,14 @@ import pytest
 from fakes.colour_faces import ColourFaces, picture
 
 from apl_core.errors import DatasetError, ScoreError
-from apl_train import face_cache
-from apl_train.cli import main
-from apl_train.face_cache import FaceCache, look
-from apl_train.folder_files import FolderSettings
-from apl_train.folder_people import persons_of_pictures, persons_of_references, read_groups, read_table
-from apl_train.folder_score import check_folder
-from apl_train.folder_text import markdown
-from apl_train.pictures import PictureFolder
+from apl_train.commands.cli import main
+from apl_train.datasets.pictures import PictureFolder
+from apl_train.folder_score import face_cache
+from apl_train.folder_score.face_cache import FaceCache, look
+from apl_train.folder_score.files import FolderSettings
+from apl_train.folder_score.people import persons_of_pictures, persons_of_references, read_groups, read_table
+from apl_train.folder_score.score import check_folder
+from apl_train.folder_score.text import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -236,9 +236,9 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "fakes")!r}]
 from pathlib import Path
-from apl_train import face_cache
-from apl_train.cli import main
-from apl_train.pictures import PictureFolder
+from apl_train.folder_score import face_cache
+from apl_train.commands.cli import main
+from apl_train.datasets.pictures import PictureFolder
 from colour_faces import ColourFaces
 face_cache.PART = 4
 class Killed(ColourFaces):

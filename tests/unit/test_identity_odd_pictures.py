@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from apl_train.odd_pictures import LEAST, LONGEST, open_any
+from apl_train.folder_score.odd_pictures import LEAST, LONGEST, open_any
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 

@@ -17,9 +17,9 @@ pytest.importorskip("jinja2")
 
 from fakes.colour_faces import ColourFaces, picture
 
-from apl_train.folder_files import FolderSettings
-from apl_train.folder_page import FACE, crop, render, write_all
-from apl_train.folder_score import check_folder
+from apl_train.folder_score.files import FolderSettings
+from apl_train.folder_score.page import FACE, crop, render, write_all
+from apl_train.folder_score.score import check_folder
 
 HOSTILE = "<script>alert(1)<x>&\"'{{ 7 * 7 }}"
 VOID = {"meta", "img", "br"}

@@ -23,6 +23,9 @@ MAY_IMPORT = {
 }
 CORE_NEEDS = {"torch", "safetensors", "numpy", "PIL"}
 CORE_ORDER = ("errors", "families", "metadata", "prefix", "convert", "library")
+ROOMS = ("model", "report", "ui", "datasets", "folder_score", "scoring", "training", "make", "baselines", "tables",
+         "miniworld", "commands")
+"""Folders of apl_train from the ground up."""
 FILES = sorted(path for root in OURS for path in (ROOT / root).rglob("*.py"))
 
 
@@ -128,6 +131,21 @@ def test_inside_the_core_no_module_imports_a_later_one() -> None:
     while ready := {module for module, needs in arrows.items() if module not in done and needs <= done}:
         done |= ready
     assert done == set(arrows), f"imports in a circle: {set(arrows) - done}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(ROOT).parts[0] == "apl_train"], ids=name)
+def test_inside_apl_train_rooms_import_lower_ones_alone(path: Path) -> None:
+    """Also inside functions: an arrow that runs back up is one wherever it stands."""
+    parts = path.relative_to(ROOT).parts
+    if len(parts) < 3 or parts[1] not in ROOMS:
+        return
+    for found in imports(path):
+        room = found.module.split(".")[1] if found.root == "apl_train" and "." in found.module else ""
+        assert room not in ROOMS[ROOMS.index(parts[1]) + 1 :], f"{name(path)}:{found.line} imports {found.module}"
+
+
+def test_every_room_of_apl_train_has_its_floor() -> None:
+    assert set(ROOMS) == {p.parent.name for p in (ROOT / "apl_train").glob("*/__init__.py")}
 
 
 def test_the_root_and_the_packages_import_nothing() -> None:

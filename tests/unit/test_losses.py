@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from apl_train.losses import anonymized_target, apl_loss, guided_alpha, id_loss, reg_loss, released_loss
+from apl_train.training.losses import anonymized_target, apl_loss, guided_alpha, id_loss, reg_loss, released_loss
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from torch import nn
 
 from apl_core.errors import ConfigError, TrainingError
 from apl_train import shipped
-from apl_train.config import TrainConfig, from_dict, preset
-from apl_train.memory import Ledger, estimate
-from apl_train.precision import chosen
-from apl_train.preflight import PeakMemory, own_memory
+from apl_train.model.precision import chosen
+from apl_train.training.config import TrainConfig, from_dict, preset
+from apl_train.training.memory import Ledger, estimate
+from apl_train.training.preflight import PeakMemory, own_memory
 
 pytest.importorskip("diffusers")
 KB = 1024
@@ -54,7 +54,7 @@ def single() -> dict[str, object]:
 
 
 def test_estimates_follow_the_settings(single) -> None:
-    from apl_train.model_files import read_parts
+    from apl_train.model.files import read_parts
 
     parts = read_parts(shipped.locate("base_model", "miniature"))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (parts.unet, parts.vae, parts.text_encoder)]
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused(device: str, dtype: str, offload: str, field:
 def test_out_of_memory_says_what_to_change() -> None:
     from types import SimpleNamespace
 
-    from apl_train.preflight import dry_run
+    from apl_train.training.preflight import dry_run
 
     def predict(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -46,8 +46,8 @@ def test_nearest_tokens_are_nearest_by_cosine_not_by_length() -> None:
 
 def test_with_the_first_encoder_deaf_only_the_second_one_says_anything(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    from apl_train.backend import Backend
-    from apl_train.single_file_xl import sgm_config, to_sgm
+    from apl_train.model.backend import Backend
+    from apl_train.model.single_file_xl import sgm_config, to_sgm
 
     models = tiny.models_xl()
     tiny.write_tokenizer(tmp_path / "tokenizer")

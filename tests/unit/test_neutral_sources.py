@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from apl_core.errors import ConfigError, DatasetError
-from apl_train.dataset import problems, read_dataset
-from apl_train.neutral_sources import Pair, build, prompts_of, source_of, squared
+from apl_train.datasets.dataset import problems, read_dataset
+from apl_train.datasets.neutral_sources import Pair, build, prompts_of, source_of, squared
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 16), kind: str = "PNG") -> bytes:

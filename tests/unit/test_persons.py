@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from apl_core.errors import DatasetError
-from apl_train.persons import NeutralPrompt, read_evaluation_set
+from apl_train.scoring.persons import NeutralPrompt, read_evaluation_set
 
 PEOPLE = (
     "name,split,description,attributes\n"

@@ -16,11 +16,11 @@ from apl_core.errors import ConfigError, ScoreError
 from apl_core.identity import Face
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, save_prefix
-from apl_train import previews
-from apl_train.config import TrainConfig
-from apl_train.dataset import read_dataset
-from apl_train.observe import Shot
-from apl_train.previews import Previews, Sitter, beside, sitters
+from apl_train.datasets.dataset import read_dataset
+from apl_train.scoring.observe import Shot
+from apl_train.training import previews
+from apl_train.training.config import TrainConfig
+from apl_train.training.previews import Previews, Sitter, beside, sitters
 
 
 class PaintBackend:
@@ -154,9 +154,9 @@ def tiny_backend(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from fakes import tiny_models as tiny
     from safetensors.torch import save_file
 
-    from apl_train.backend import Backend
-    from apl_train.model_files import read_parts
-    from apl_train.single_file import ldm_config, to_ldm
+    from apl_train.model.backend import Backend
+    from apl_train.model.files import read_parts
+    from apl_train.model.single_file import ldm_config, to_ldm
 
     root = tmp_path_factory.mktemp("model")
     models = tiny.unet(), tiny.vae(), tiny.text_encoder()
@@ -169,7 +169,7 @@ def tiny_backend(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_training_does_not_notice_that_it_is_drawn(tmp_path: Path, tiny_backend: Any,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit the same prefix with and without pictures, also where a job's folder is listened to."""
-    from apl_train.training import train
+    from apl_train.training.command import train
 
     for name in ("s_id", "s_reg"):
         folder = tmp_path / name
@@ -199,8 +199,8 @@ def test_the_training_does_not_notice_that_it_is_drawn(tmp_path: Path, tiny_back
 def test_an_order_to_stop_saves_and_ends_a_real_training(tmp_path: Path, tiny_backend: Any,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     from apl_core.errors import TrainingStopped
-    from apl_train.state import has_state
-    from apl_train.training import train
+    from apl_train.training.command import train
+    from apl_train.training.state import has_state
 
     folder = write_set(tmp_path / "s_id")
     for file in folder.glob("*.png"):

@@ -25,10 +25,11 @@ pytest.importorskip("accelerate")
 
 from fakes import two_processes as script
 
-from apl_train import claims, training
-from apl_train.events import read_events
-from apl_train.single_file import ldm_config, to_ldm
-from apl_train.state import load_state
+from apl_train import claims
+from apl_train.model.single_file import ldm_config, to_ldm
+from apl_train.training import command as training
+from apl_train.training.events import read_events
+from apl_train.training.state import load_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ from PIL import Image
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from apl_train import cli
-from apl_train.single_file import ldm_config, to_ldm
+from apl_train.commands import cli
+from apl_train.model.single_file import ldm_config, to_ldm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]

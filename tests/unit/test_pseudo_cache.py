@@ -14,14 +14,14 @@ from apl_core.prefix import load_prefix
 
 pytest.importorskip("diffusers")
 
-from apl_train import config as configs
-from apl_train.backend import Backend
-from apl_train.config import TrainConfig
-from apl_train.dataset import TABLE
-from apl_train.model_files import read_parts
-from apl_train.pseudo_cache import pseudo_folder
-from apl_train.pseudo_identity import read_words
-from apl_train.training import train
+from apl_train.datasets.dataset import TABLE
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.training import config as configs
+from apl_train.training.command import train
+from apl_train.training.config import TrainConfig
+from apl_train.training.pseudo_cache import pseudo_folder
+from apl_train.training.pseudo_identity import read_words
 
 PSEUDO = {"pseudo", "pseudo_count", "pseudo_steps", "pseudo_share"}
 

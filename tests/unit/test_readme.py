@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from apl_core.errors import ConfigError
-from apl_train import cli
+from apl_train.commands import cli
 
-ROOT = Path(cli.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "embeddings/README.md", "docs/your-model.md")
 COMMAND = re.compile(r"^(apl|python install\.py) ")
 LATER = {"docs/figures/before-after.png"}

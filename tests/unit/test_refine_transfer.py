@@ -14,8 +14,8 @@ from apl_core.errors import ConfigError, DatasetError, ModelError
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt
 from apl_core.transfer import RECORD
+from apl_train.model.text import TextStack
 from apl_train.refine_transfer import RHO, Behaviour, refine
-from apl_train.text import TextStack
 
 WIDTHS = {"clip_l": 16, "clip_g": 24}
 CAPTIONS = [" ".join(chr(97 + (i * (i + 1) + j) % 26) for j in range(2 + i % 5)) for i in range(60)]

@@ -19,8 +19,8 @@ from apl_core.errors import ScoreError
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from apl_train import charts, svg
-from apl_train.report import LevelsRow, Pair, PersonRow, Report, render, write_report
+from apl_train.report import charts, svg
+from apl_train.report.page import LevelsRow, Pair, PersonRow, Report, render, write_report
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)> & {{ 7 * 7 }} $x_1$"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apl_core.errors import StorageError, TrainingStopped
 from apl_train.processes import Processes
-from apl_train.shards import ShardStore, bytes_hash
+from apl_train.training.shards import ShardStore, bytes_hash
 
 
 class Source:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from apl_core.atomic import write_safetensors
 from apl_core.errors import ModelError
-from apl_train.checkpoint import Checkpoint, open_checkpoint, read_ldm, schedule
-from apl_train.single_file import ldm_config, to_ldm
+from apl_train.model.checkpoint import Checkpoint, open_checkpoint, read_ldm, schedule
+from apl_train.model.single_file import ldm_config, to_ldm
 
 pytest.importorskip("diffusers")
 

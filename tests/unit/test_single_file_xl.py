@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from apl_core.errors import ModelError
 from apl_train.miniworld.sdxl_file import NAME, SD1, sdxl_checkpoint, write_parts
-from apl_train.single_file_xl import CLIP_G, CLIP_L, own_parts, sgm_config, to_sgm
+from apl_train.model.single_file_xl import CLIP_G, CLIP_L, own_parts, sgm_config, to_sgm
 
 pytest.importorskip("diffusers")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from apl_core.errors import TrainingError
-from apl_train.state import KEEP, TrainState, load_state, only_one, save_state, seed_of, step_generator
+from apl_train.seeds import seed_of, step_generator
+from apl_train.training.state import KEEP, TrainState, load_state, only_one, save_state
 
 
 def state(step: int) -> TrainState:
@@ -97,7 +98,7 @@ def test_killed_inside_a_save_the_last_whole_state_counts(tmp_path: Path, place:
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
-    code = ("import sys, pathlib; from apl_train.state import only_one\n"
+    code = ("import sys, pathlib; from apl_train.training.state import only_one\n"
             "with only_one(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              cwd=Path(__file__).resolve().parents[2])

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 from apl_core.errors import ConfigError
-from apl_train.surface import KINDS, disturb, disturbed
+from apl_train.training.surface import KINDS, disturb, disturbed
 
 NAME = "sadie wenert"
 

@@ -20,13 +20,13 @@ from apl_core.prefix import load_prefix
 
 pytest.importorskip("diffusers")
 
-from apl_train import training
-from apl_train.backend import Backend
-from apl_train.config import TrainConfig
-from apl_train.events import EventLog, read_events
-from apl_train.model_files import read_parts
-from apl_train.state import load_state
-from apl_train.trainer import Trainer
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.training import command as training
+from apl_train.training.config import TrainConfig
+from apl_train.training.events import EventLog, read_events
+from apl_train.training.state import load_state
+from apl_train.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -220,9 +220,9 @@ def test_signals_of_a_real_process(root: Path, tmp_path: Path, number: str) -> N
     """`apl train` in a process of its own: exit code 130, no traceback, and the state is that of the last step."""
     code = ("import signal, sys, torch; torch.set_num_threads(1)\n"
             "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup the tests themselves ignore it
-            "from apl_train.trainer import Trainer; real = Trainer.one_step\n"
+            "from apl_train.training.trainer import Trainer; real = Trainer.one_step\n"
             "import time; Trainer.one_step = lambda self: (time.sleep(0.3), real(self))[1]\n"
-            "from apl_train.cli import main; sys.exit(main(sys.argv[1:]))")
+            "from apl_train.commands.cli import main; sys.exit(main(sys.argv[1:]))")
     argv = [sys.executable, "-c", code, "train", "--preset", "paper", "--run", str(tmp_path / "run"), "--s_id",
             str(root / "id"), "--s_reg", str(root / "reg"), "--base_model", str(root / "tiny.safetensors"),
             "--num_tokens", "2", "--batch_size", "2", "--steps", "40", "--save_every", "100", "--learning_rate", "0.01"]

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from apl_train import paper_figures, table
+from apl_train.report import paper_figures, table
 
 
 def condition(mean: float | None, **more) -> dict:

@@ -37,7 +37,7 @@ def test_cosines_by_hand() -> None:
 def test_the_shipped_clip_finds_persons_by_their_names() -> None:
     """References are renders that no tower learned from; chance is 1 in 24."""
     pytest.importorskip("transformers")
-    from apl_train.persons import read_evaluation_set
+    from apl_train.scoring.persons import read_evaluation_set
     from apl_train.tables.instruments import Instruments
     from apl_train.tables.settings import read_settings
 

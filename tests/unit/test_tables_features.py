@@ -12,7 +12,7 @@ from PIL import Image
 
 from apl_core.errors import ScoreError
 from apl_train import shipped
-from apl_train.attributes import AttributeReader
+from apl_train.scoring.attributes import AttributeReader
 from apl_train.tables import features
 
 HAS_ONNX = all(importlib.util.find_spec(m) for m in ("onnx", "onnxruntime"))

@@ -20,9 +20,9 @@ from apl_core.id_scores import Interval, PersonScores
 from apl_core.identity import Face
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt
-from apl_train import paper_figures
-from apl_train.observe import Shot
-from apl_train.persons import EvaluationSet, NeutralPrompt, PersonRecord
+from apl_train.report import paper_figures
+from apl_train.scoring.observe import Shot
+from apl_train.scoring.persons import EvaluationSet, NeutralPrompt, PersonRecord
 from apl_train.tables import evaluation, frechet, table1, table2
 from apl_train.tables.evaluation import Evaluation
 from apl_train.tables.methods import Method

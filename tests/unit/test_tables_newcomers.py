@@ -18,13 +18,13 @@ from apl_core.prefix import AnonymizationPrompt
 
 pytest.importorskip("diffusers")
 
-from apl_train.backend import Backend
-from apl_train.dreambooth import DreamBooth, Teaching, prior_latents
-from apl_train.model_files import read_parts
-from apl_train.observe import Shot
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.scoring.observe import Shot
 from apl_train.tables import newcomers
 from apl_train.tables.evaluation import Evaluation, Instruments
 from apl_train.tables.settings import EvaluateSettings, Size, from_dict, read_settings
+from apl_train.training.dreambooth import DreamBooth, Teaching, prior_latents
 
 TAUGHT = {"token": "v", "template": "a {}", "learning_rate": 2e-3, "batch_size": 2, "prior_weight": 0.0}
 SIZE = Size(persons=2, seeds=2, iterations=3, every=2)

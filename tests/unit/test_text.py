@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from apl_core.errors import ConfigError, ModelError, PlacementError, PrefixFileError
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt
-from apl_train.text import TextStack
+from apl_train.model.text import TextStack
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from apl_train.timesteps import apart, bins_of, chances, separability, tuple_weights
+from apl_train.training.timesteps import apart, bins_of, chances, separability, tuple_weights
 
 
 def test_separability_and_chances_by_hand() -> None:

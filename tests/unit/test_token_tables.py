@@ -83,7 +83,7 @@ def test_open_clip_s_own_file_and_full_precision_first(tmp_path: Path) -> None:
 
 def test_the_shipped_miniature_against_diffusers_reader() -> None:
     from apl_train import shipped
-    from apl_train.model_files import read_parts
+    from apl_train.model.files import read_parts
 
     path = shipped.locate("base_model", "miniature")
     wanted = read_parts(path).text_encoder.get_input_embeddings().weight

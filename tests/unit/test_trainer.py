@@ -15,15 +15,15 @@ from apl_core.prefix import load_prefix
 
 pytest.importorskip("diffusers")
 
-from apl_train.backend import Backend
-from apl_train.bank import TargetBank, add_noise, draw_rows
-from apl_train.config import TrainConfig
-from apl_train.dataset import read_dataset
-from apl_train.events import read_events
-from apl_train.model_files import read_parts
-from apl_train.samples import TrainingSet
-from apl_train.state import step_generator
-from apl_train.trainer import Trainer, initial_vectors
+from apl_train.datasets.dataset import read_dataset
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.seeds import step_generator
+from apl_train.training.bank import TargetBank, add_noise, draw_rows
+from apl_train.training.config import TrainConfig
+from apl_train.training.events import read_events
+from apl_train.training.samples import TrainingSet
+from apl_train.training.trainer import Trainer, initial_vectors
 
 
 @pytest.fixture(scope="module")

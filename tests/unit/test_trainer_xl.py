@@ -15,17 +15,17 @@ from apl_core.prefix import load_prefix
 
 pytest.importorskip("diffusers")
 
-from apl_train.backend import Backend
-from apl_train.bank import TargetBank, add_noise, draw_rows
-from apl_train.config import TrainConfig, from_dict, preset
-from apl_train.dataset import read_dataset
-from apl_train.memory import estimate
-from apl_train.model_files import read_parts
-from apl_train.preflight import dry_run
-from apl_train.samples import TrainingSet
-from apl_train.single_file_xl import sgm_config, to_sgm
-from apl_train.state import step_generator
-from apl_train.trainer import Trainer
+from apl_train.datasets.dataset import read_dataset
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.model.single_file_xl import sgm_config, to_sgm
+from apl_train.seeds import step_generator
+from apl_train.training.bank import TargetBank, add_noise, draw_rows
+from apl_train.training.config import TrainConfig, from_dict, preset
+from apl_train.training.memory import estimate
+from apl_train.training.preflight import dry_run
+from apl_train.training.samples import TrainingSet
+from apl_train.training.trainer import Trainer
 
 HALVES = ("clip_l", "clip_g")
 

@@ -17,12 +17,12 @@ from apl_core.prefix import load_prefix
 
 pytest.importorskip("diffusers")
 
-from apl_train.backend import Backend
-from apl_train.config import TrainConfig
-from apl_train.events import read_events
-from apl_train.model_files import read_parts
-from apl_train.trainer import read_config
-from apl_train.training import _checked, ctrl_c, load_training_set, resume, train
+from apl_train.model.backend import Backend
+from apl_train.model.files import read_parts
+from apl_train.training.command import _checked, ctrl_c, load_training_set, resume, train
+from apl_train.training.config import TrainConfig
+from apl_train.training.events import read_events
+from apl_train.training.trainer import read_config
 
 GOOD = [("ab", "photo of ab", "a man", "id"), ("cd", "photo of cd", "a lady", "id")]
 REG = [("", "a tree", "", "nonface"), ("", "a man", "", "face")]

@@ -15,7 +15,7 @@ import torch
 
 from apl_core.metadata import PrefixMetadata
 from apl_core.prefix import AnonymizationPrompt, load_prefix, save_prefix
-from apl_train.config import TrainConfig, from_dict, preset, preset_names
+from apl_train.training.config import TrainConfig, from_dict, preset, preset_names
 from apl_train.ui import alone, commands, jobs
 from apl_train.ui.commands import MINIATURE, Wish
 from apl_train.ui.desk import BAD, GOOD, NOTE, Desk
@@ -181,7 +181,7 @@ def test_a_prefix_that_is_not_there_is_told(desk: Desk, choice: Any) -> None:
 
 
 def test_the_commands_are_ones_that_the_command_line_takes(desk: Desk, tmp_path: Path) -> None:
-    from apl_train import cli
+    from apl_train.commands import cli
 
     wish = Wish(name="a b", checkpoint="/models/m.safetensors", s_id="x", s_reg="y", steps=60, previews=3)
     top, _ = cli._parsers(from_dict(preset("fast")).to_dict())
@@ -197,8 +197,8 @@ def test_the_commands_are_ones_that_the_command_line_takes(desk: Desk, tmp_path:
 
 
 def test_make_takes_the_wish_as_it_is(tmp_path: Path) -> None:
-    from apl_train import cli
-    from apl_train.make_settings import MakeSettings
+    from apl_train.commands import cli
+    from apl_train.make.settings import MakeSettings
 
     top, _ = cli._parsers({})
 

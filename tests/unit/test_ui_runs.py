@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from apl_train.events import EventLog
+from apl_train.training.events import EventLog
 from apl_train.ui import jobs, runs
 from apl_train.ui.place import Place
 from apl_train.ui.runs import read_run

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apl_train.validate import validate
+from apl_train.datasets.validate import validate
 
 ID = [("Ada Hill", "a photo of Ada Hill", "A woman", "id"), ("Bo Lake", "a photo of Bo Lake", "A man", "id")]
 REG = [("", "a red apple", "", "nonface"), ("", "a man in a park", "", "face")]

@@ -18,8 +18,8 @@ pytest.importorskip("insightface")
 pytest.importorskip("jinja2")
 
 from apl_train import shipped
-from apl_train.cli import main
-from apl_train.persons import read_evaluation_set
+from apl_train.commands.cli import main
+from apl_train.scoring.persons import read_evaluation_set
 
 pytestmark = pytest.mark.world
 

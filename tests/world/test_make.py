@@ -14,11 +14,11 @@ import torch
 from apl_core.errors import ConfigError, DatasetError
 from apl_core.library import PrefixLibrary
 from apl_core.prefix import load_prefix
-from apl_train import make as making
 from apl_train import shipped
-from apl_train.cast import read_cast, table_of, write_cast
-from apl_train.events import read_events
-from apl_train.make_settings import MakeSettings
+from apl_train.datasets.cast import read_cast, table_of, write_cast
+from apl_train.make import run as making
+from apl_train.make.settings import MakeSettings
+from apl_train.training.events import read_events
 
 pytest.importorskip("diffusers")
 pytest.importorskip("insightface")
@@ -32,7 +32,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from diffusers import DDIMScheduler
     from huggingface_hub import constants
 
-    from apl_train.model_files import read_parts
+    from apl_train.model.files import read_parts
 
     home = tmp_path_factory.mktemp("forms")
     single = home / "model.safetensors"
@@ -75,9 +75,9 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_every_form_gives_what_the_demo_gives(forms: dict[str, str], tmp_path: Path) -> None:
     """Sets, steps and preset as the demo's training has them, on a few rows: vectors equal to the last bit."""
-    from apl_train import config as configs
-    from apl_train.backend import Backend
-    from apl_train.training import train
+    from apl_train.model.backend import Backend
+    from apl_train.training import config as configs
+    from apl_train.training.command import train
 
     s_id = part_of("s_id", tmp_path / "id", [1, 2, 9, 10])
     kinds = [line.rpartition(",")[2] for line in

@@ -12,8 +12,8 @@ import pytest
 from fakes.launched import launched
 
 from apl_core.prefix import load_prefix
-from apl_train.cast import read_cast, table_of, write_cast
-from apl_train.events import read_events
+from apl_train.datasets.cast import read_cast, table_of, write_cast
+from apl_train.training.events import read_events
 
 pytest.importorskip("diffusers")
 pytest.importorskip("insightface")

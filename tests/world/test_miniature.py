@@ -22,7 +22,7 @@ PREFIX = "anonymize-miniature"
 
 @pytest.fixture(scope="module")
 def backend():
-    from apl_train.backend import Backend
+    from apl_train.model.backend import Backend
 
     return Backend.load(shipped.locate("base_model", "miniature"))
 
@@ -81,7 +81,7 @@ def test_single_file_is_the_model_that_diffusers_builds_from_it(backend) -> None
 
 
 def test_persons_are_recognised_without_and_not_with_the_prefix(backend, prompt) -> None:
-    from apl_train.persons import read_evaluation_set
+    from apl_train.scoring.persons import read_evaluation_set
 
     people = read_evaluation_set(shipped.locate("persons", "miniature"))
     embedder = load_embedder(shipped.recogniser("miniature"))

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from apl_train import claims, shipped
-from apl_train.config import TrainConfig
-from apl_train.trainer import Trainer, write_config
+from apl_train.training.config import TrainConfig
+from apl_train.training.trainer import Trainer, write_config
 
 pytestmark = [pytest.mark.world, pytest.mark.slow,
               pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs fork")]
@@ -23,8 +23,8 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory):
-    from apl_train.backend import Backend
-    from apl_train.training import load_training_set
+    from apl_train.model.backend import Backend
+    from apl_train.training.command import load_training_set
 
     torch.set_num_threads(1)
     config = TrainConfig(num_tokens=4, batch_size=2, steps=20, levels_every=10, save_every=2, learning_rate=0.01)
