@@ -43,7 +43,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reg_weight 8": {"reg_weight": 8.0},
     "reg_weight 3, two thirds faces": {"reg_weight": 3.0, "face_share": 0.67},
     "reg_weight 4, half of the names written otherwise": {"reg_weight": 4.0, "name_noise": 0.5},
-    "reg_weight 3, from neutral words": {"reg_weight": 3.0, "init_text": "in bright colours, sharp focus"},
 }
 BOUND = 0.2
 """The bound on either axis: a fifth of the base's ID-ACC, a fifth of the distance of two seeds."""
@@ -127,10 +126,10 @@ def main() -> None:
         torch.set_num_threads(1)
         bench = Bench(args.cache)
         for name in args.only:
-            rows = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-            rows[name] = measure(bench, name, args)
-            write_json(FILE, rows)
-            sys.stdout.write(f"{table({name: rows[name]}).splitlines()[-1]}\n")
+            found = measure(bench, name, args)
+            known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+            write_json(FILE, known | {name: found})
+            sys.stdout.write(f"{table({name: found}).splitlines()[-1]}\n")
             sys.stdout.flush()
     write_docs()
 
