@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reg_weight 8": {"reg_weight": 8.0},
     "reg_weight 3, two thirds faces": {"reg_weight": 3.0, "face_share": 0.67},
     "reg_weight 4, half of the names written otherwise": {"reg_weight": 4.0, "name_noise": 0.5},
+    "reg_weight 3, from neutral words": {"reg_weight": 3.0, "init_text": "in bright colours, sharp focus"},
 }
 BOUND = 0.2
 """The bound on either axis: a fifth of the base's ID-ACC, a fifth of the distance of two seeds."""
