@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,24 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """The `StorageError` for an `OSError` met while writing `path`, with a way out."""
     hint = _HINTS.get(error.errno or 0, "Check that the folder exists and can be written to.")
     return StorageError(f"Cannot write {path}: {error.strerror or error}.", hint, field=str(path))
+
+
+def take_lock(descriptor: int) -> bool:
+    """Takes the lock of an open file until it is closed; False where another has it. Where there are no locks: True."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # some network file systems know no locks
+        logging.getLogger("apl.atomic").info("no lock on this file system: %s", error)
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

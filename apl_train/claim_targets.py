@@ -184,10 +184,10 @@ TARGETS: dict[str, Target] = {
     "table2-attr-acc": Target("Table 2, miniature: the best Attr-ACC of those / the prefix's", "<= 1.0", TABLE2,
                               "evaluation"),
     "table2-fid-other": Target("Table 2, miniature: neutral FID / the best of those", "<= 1.0", TABLE2, "evaluation"),
-    "dreambooth-drop": Target("persons taught by DreamBooth, miniature: share of ID-ACC that `miniature-pseudo` takes",
-                              ">= 0.50", FIG5, "evaluation"),
-    "dreambooth-lora-drop": Target("persons taught by DreamBooth with LoRA, miniature: the same", ">= 0.50", FIG5,
-                                   "evaluation"),
+    "dreambooth-drop": Target("persons taught by DreamBooth to an ID-ACC of 0.53, miniature: share that "
+                              "`miniature-pseudo` takes", ">= 0.50", FIG5, "evaluation"),
+    "dreambooth-lora-drop": Target("persons taught by DreamBooth with LoRA to an ID-ACC of 0.53, miniature: the same",
+                                   ">= 0.50", FIG5, "evaluation"),
 }
 
 MEASURED_ON: dict[str, tuple[str, ...]] = {

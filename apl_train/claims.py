@@ -20,13 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apl_core.atomic import write_json, write_text
+from apl_core.atomic import storage_error, take_lock, write_json, write_text
 from apl_core.errors import APLError, ConfigError, ScoreError
 from apl_core.onnx_models import file_hash
 from apl_core.prefix import load_prefix
 from apl_train import shipped
 from apl_train.claim_targets import MEASURED_ON, TARGETS
-from apl_train.training.state import take_lock
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "claims.json"
 MARKED = re.compile(r"(<!-- claims: ([^>]*?) -->)\n.*?(<!-- end -->)", re.S)
@@ -85,7 +84,8 @@ def record(
     """Writes measured figures: id -> (measured, 95% interval or None, n).
 
     Raises:
-        ConfigError: an unknown id. ScoreError: a figure that is not finite; nothing is written then.
+        ConfigError: an unknown id. ScoreError: a figure that is not finite. StorageError: the folder cannot be written
+            to. Nothing is written then.
     """
     file = file or Path(os.environ.get(INTO) or FILE)
     with _alone(file):
@@ -95,8 +95,13 @@ def record(
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Waits until no other command writes the file: several measure beside each other, and each writes all rows."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("a+b") as handle:
+    lock = file.with_name(f".{file.name}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("a+b")
+    except OSError as error:
+        raise storage_error(lock, error) from error
+    with handle:
         while not take_lock(handle.fileno()):
             time.sleep(0.05)
         yield

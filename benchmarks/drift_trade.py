@@ -1,10 +1,9 @@
 """Likeness against drift, the trade that a prefix makes: `python benchmarks/drift_trade.py [--only NAME ...]`
 
 Trains the miniature with the preset `fast`, one setting changed a row, and judges each prefix on S_test and on prompts
-that name nobody; the shipped prefix, random vectors of its norms and hand-written words stand beside them. What is
-learned lies on one line: whoever takes less drift takes less likeness away. Four minutes a row on one core; rows are
-added to benchmarks/results/drift_trade.json, trainings in --runs are reused. --docs writes the table and the figure of
-docs/miniworld.md from there.
+that name nobody; the shipped prefix, random vectors of its norms and hand-written words stand beside them. Four minutes
+a row on one core; rows are added to benchmarks/results/drift_trade.json, trainings in --runs are reused. --docs writes
+the table and the figure of docs/miniworld.md from there.
 """
 
 from __future__ import annotations
@@ -105,8 +104,8 @@ def figure(rows: Mapping[str, Mapping[str, Any]]) -> str:
         axes.set_xlabel("drift of unnamed faces / two seeds")
         axes.set_ylabel("ID-ACC / base's")
 
-    return svg.standalone(svg.draw("trade", "ID-ACC against drift: every setting lies outside what the bounds leave",
-                                   plot))
+    title = "ID-ACC against drift of unnamed faces; shaded: what the bounds leave"
+    return svg.standalone(svg.draw("trade", title, plot))
 
 
 def write_docs() -> None:

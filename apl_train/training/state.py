@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apl_core.atomic import storage_error, write_safetensors
+from apl_core.atomic import storage_error, take_lock, write_safetensors
 from apl_core.errors import TrainingError
 from apl_core.metadata import content_hash
 
@@ -109,21 +108,3 @@ def only_one(run: Path) -> Iterator[None]:
             for half in (run / part).glob(".*.tmp"):  # of a process that was killed while it wrote
                 half.unlink(missing_ok=True)
         yield
-
-
-def take_lock(descriptor: int) -> bool:
-    """Takes the lock of an open file; False where another process has it. Where there are no locks: True."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:  # some network file systems know no locks
-        _log.info("no lock on this file system: %s", error)
-    return True

@@ -1,4 +1,4 @@
-"""benchmarks/all.py and the table of benchmarks/beyond.py: parts exist, rows stay apart from the claims."""
+"""benchmarks/all.py, the tables of beyond.py and drift_trade.py: parts exist, rows stay apart from the claims."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from apl_core.errors import ConfigError, ScoreError
+from apl_core.errors import ConfigError, ScoreError, StorageError
 from apl_core.prefix import load_prefix
 from apl_train import claims
 from apl_train.commands import cli
@@ -89,6 +89,12 @@ def test_commands_that_measure_beside_each_other_lose_no_row(tmp_path: Path) -> 
     assert [rows[key]["n"] for key in keys] == list(range(1, 13))
     assert rows["of a newer version"] == {"id": "of a newer version", "measured": 3}
     assert set(rows) - set(claims.TARGETS) == {"of a newer version"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StorageError, match="Cannot write"):
+        claims.record({"filler": (0.95, None, 1)}, tmp_path / "file" / "claims.json")
 
 
 def test_what_ships_has_a_row_for_every_target_and_no_other() -> None:
