@@ -28,8 +28,9 @@ def run(args: Namespace, tell: Callable[[Namespace, dict[str, Any], str], None])
     """Does one action and tells what was found."""
     if args.action == "build":
         from apl_train.miniworld.build import Build
+        from apl_train.miniworld.stages import run_stages
 
-        Build(args.work, compiled=args.compiled).run(args.until)
+        run_stages(Build(args.work, compiled=args.compiled), args.until)
         tell(args, {"work": str(args.work)}, "built")
     elif args.action == "card":
         from apl_train.miniworld.card import write_card

@@ -1,27 +1,20 @@
-"""`apl miniworld build`: the whole miniature world from packages, stage by stage, each resumable.
+"""The parts of the miniature world, from packages: pictures, the generative models, the models that measure.
 
-    tokenizer -> pictures -> VAE -> text tower -> latents -> UNet -> recognisers, attribute and face models
-    -> export (three-format checkpoint, ONNX models, data) -> S_ID / S_Reg -> the miniature SDXL and two relatives
-
-A stage that is finished is skipped, one that was cut off goes on where it was. Needs node, two npm packages and
-three Python packages (`pip install ".[miniworld]"` in the checkout); hours on two cores.
+Each trains what is not there yet and goes on where it was cut off; `stages` builds them in order and exports them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed
 from safetensors.torch import load_file
 
 from apl_core.atomic import write_json, write_safetensors
-from apl_core.errors import ConfigError
 from apl_train.miniworld import (
     autoencoder,
     denoiser,
@@ -29,7 +22,7 @@ from apl_train.miniworld import (
     doubles,
     presence,
     recogniser,
-    relatives,
+    restyle,
     text_tower,
 )
 from apl_train.miniworld.captions import Captioner
@@ -51,10 +44,6 @@ class Lengths:
     recogniser2: int = 1000
     attributes: int = 900
     presence: int = 400
-
-
-STAGES = ("tokenizer", "pictures", "recogniser2", "left_out", "vae", "text", "latents", "unet", "text2", "unet_xl",
-          "recogniser", "attributes", "presence", "export", "dataset", "family")
 
 
 class Build:
@@ -152,15 +141,16 @@ class Build:
     def unet_xl(self):
         """(UNet, second text model) of the miniature SDXL."""
         unet, second = self.unet, self.text2[0]  # in this order: the UNet's training ends the first text tower's
-        return denoiser_xl.train_unet_xl(self.fits, self, self.text[0], second, unet, steps=self.lengths.unet_xl,
-                                         minutes=self.minutes, compiled=self.compiled)
+        return denoiser_xl.train_unet_xl(self.fits, self.pairs, self.text[0], second, unet, *self.latents, self.resized,
+                                         steps=self.lengths.unet_xl, minutes=self.minutes, compiled=self.compiled)
 
     # -- relatives of the first miniature --------------------------------------------------------------------
 
     @cached_property
     def restyled(self) -> tuple[text_tower.Pairs, tuple[torch.Tensor, torch.Tensor]]:
         """(pairs, scaled latents of (faces, things)) in the other rendering style."""
-        pairs, path = relatives.restyled_pairs(self), self.work / "latents-restyled.safetensors"
+        pairs = restyle.restyled_pairs(self.pairs, self.pictures("things")[1])
+        path = self.work / "latents-restyled.safetensors"
         if not path.exists():
             parts = {"faces": denoiser.encode_all(self.vae, pairs.faces).half(),
                      "things": denoiser.encode_all(self.vae, pairs.things).half()}
@@ -191,26 +181,3 @@ class Build:
     def presence(self) -> presence.Looker:
         return presence.train_presence(self.fits, self.pictures("faces")[0], self.pictures("things")[0],
                                        steps=self.lengths.presence, minutes=self.minutes)
-
-    # -- what ships ------------------------------------------------------------------------------------------
-
-    def run(self, until: str = STAGES[-1], assets: Path | None = None) -> None:
-        """Runs the stages up to and with `until`. Raises ConfigError for an unknown stage."""
-        if until not in STAGES:
-            raise ConfigError(f"stage: there is no stage {until!r}", hint=f"choose one of {', '.join(STAGES)}")
-        from apl_train.miniworld import export
-
-        assets = assets or export.ASSETS
-        if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():  # started by torchrun
-            torch.distributed.init_process_group("gloo")
-        for stage in STAGES[: STAGES.index(until) + 1]:
-            if stage == "pictures":
-                self.render()
-            elif stage == "export":
-                export.write_all(self, assets)
-            elif stage == "dataset":
-                export.write_dataset(self, assets)
-            elif stage == "family":
-                export.write_family(self, assets)
-            else:
-                getattr(self, stage)

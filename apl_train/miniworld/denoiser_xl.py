@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,7 @@ from torch.nn import functional as F
 from apl_train.miniworld.denoiser import CONFIG, LATE, alphas_bar, draw_rows, encode_all, ready_to_compile
 from apl_train.miniworld.fit import fast_dtype, fit
 from apl_train.miniworld.render import SIZE
-from apl_train.miniworld.text_tower import SECOND, pad_with
-
-if TYPE_CHECKING:
-    from apl_train.miniworld.build import Build
+from apl_train.miniworld.text_tower import SECOND, Pairs, pad_with
 
 FIRST_WIDTH, SECOND_WIDTH, SIZES = CONFIG["cross_attention_dim"], SECOND["hidden_size"], 256
 CONFIG_XL = CONFIG | {
@@ -104,14 +101,14 @@ def from_sd1(unet: nn.Module, text: nn.Module, ids: Tensor) -> nn.Module:
     return xl
 
 
-def train_unet_xl(folder: Path, build: Build, text: nn.Module, second: nn.Module, unet: nn.Module, *, steps: int,
-                  batch: int = 32, lr: float = 7e-4, minutes: float | None = None, compiled: bool = False) -> Any:
+def train_unet_xl(folder: Path, pairs: Pairs, text: nn.Module, second: nn.Module, unet: nn.Module, faces: Tensor,
+                  things: Tensor, odd: Resized, *, steps: int, batch: int = 32, lr: float = 7e-4,
+                  minutes: float | None = None, compiled: bool = False) -> Any:
     """Returns (UNet, second encoder), averaged and frozen.
 
     text, unet: of the SD1 miniature, frozen; second: contrastively trained, goes on learning.
+    faces, things: scaled latents [N, 4, 16, 16] in the order of `pairs`; odd: of other sizes and crops.
     """
-    pairs, (faces, things) = build.pairs, build.latents
-    odd = build.resized
     rng = random.Random(17)
     some = torch.from_numpy(pairs.captioner.pad([r[0] for r in draw_rows(pairs, rng, LATE, 192)]))
     xl = from_sd1(unet, text, some).to(memory_format=torch.channels_last)

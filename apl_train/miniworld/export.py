@@ -6,32 +6,31 @@ ONNX models with JSON manifests, CSV tables with zipped pictures. Nothing that r
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import random
 import shutil
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from apl_core.atomic import write_bytes, write_json, write_safetensors, write_text, write_with
+from apl_core.atomic import write_bytes, write_json, write_safetensors, write_text
+from apl_train.miniworld import relatives, sdxl_file
+from apl_train.miniworld.build import Build
+from apl_train.miniworld.denoiser import LATE, draw_rows
+from apl_train.miniworld.newcomers import write_newcomers
 from apl_train.miniworld.onnx_export import exported
-from apl_train.miniworld.people import HEADS
+from apl_train.miniworld.people import HEADS, draw_attributes
 from apl_train.miniworld.picture_tower import write_clip
 from apl_train.miniworld.presence import Looker
 from apl_train.miniworld.recogniser import CROP
 from apl_train.miniworld.render import SIZE
-
-if TYPE_CHECKING:
-    from apl_train.miniworld.build import Build
+from apl_train.miniworld.set_files import write_pictures, write_table
 
 ASSETS = Path(__file__).with_name("assets")
 C1_TEMPLATES = ("A photo of {}", "A portrait of {}", "A close-up photo of {}", "A close-up portrait of {}", "{}")
@@ -122,31 +121,8 @@ def write_faces(build: Build, assets: Path) -> None:
 
 # -- tables and pictures ----------------------------------------------------------------------------------------------
 
-def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, out.getvalue())
-
-
-def write_pictures(path: Path, pictures: Iterable[tuple[str, np.ndarray]], quality: int) -> None:
-    """(name, uint8 [H, W, 3]) as WebP into one zip, with fixed dates: the same pictures give the same bytes."""
-
-    def write(temporary: Path) -> None:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
-            for name, picture in pictures:
-                data = io.BytesIO()
-                Image.fromarray(picture).save(data, "WEBP", quality=quality, method=6)
-                out.writestr(zipfile.ZipInfo(name, (2024, 1, 1, 0, 0, 0)), data.getvalue())
-
-    write_with(path, write)
-
-
 def write_people(build: Build, assets: Path) -> None:
     """people.csv and references.zip: renders that no generative model has seen; they stand for photos."""
-    from dataclasses import asdict
-
     people = build.people
     rows = [(p.name, p.split, p.attributes.describe(), json.dumps(asdict(p.attributes))) for p in people]
     write_table(assets / "people.csv", ("name", "split", "description", "attributes"), rows)
@@ -163,10 +139,6 @@ def write_people(build: Build, assets: Path) -> None:
 
 def neutral_prompts(build: Build) -> tuple[list[str], list[str], list[str], list[str]]:
     """(things of S_Reg, held-out things, unnamed-face captions of S_Reg, held-out ones); seeded, no overlap."""
-    import random
-
-    from apl_train.miniworld.people import draw_attributes
-
     rng = random.Random(77)
     names = list(dict.fromkeys(r["name"] for r in build.pictures("things")[1]))
     rng.shuffle(names)
@@ -198,10 +170,6 @@ def write_neutral(build: Build, assets: Path) -> None:
 
 def write_captions(build: Build, assets: Path, count: int = 4000) -> None:
     """captions.txt: captions as training draws them. How often they use a token says how well its row was learned."""
-    import random
-
-    from apl_train.miniworld.denoiser import LATE, draw_rows
-
     rows = draw_rows(build.pairs, random.Random(31), LATE, count)
     texts = [build.tokenizer.decode(row[0]).strip() for row in rows]
     write_text(assets / "captions.txt", "\n".join(texts) + "\n")
@@ -209,8 +177,6 @@ def write_captions(build: Build, assets: Path, count: int = 4000) -> None:
 
 def write_all(build: Build, assets: Path) -> None:
     """Everything but the training sets, which the exported checkpoint generates itself, and the other models."""
-    from apl_train.miniworld.newcomers import write_newcomers  # it writes with this file's functions
-
     write_checkpoint(build, assets)
     write_faces(build, assets)
     write_people(build, assets)
@@ -221,8 +187,6 @@ def write_all(build: Build, assets: Path) -> None:
 
 def write_family(build: Build, assets: Path) -> None:
     """The miniature SDXL and the relatives of the miniature SD1, as what they add to it."""
-    from apl_train.miniworld import relatives, sdxl_file
-
     unet, second = build.unet_xl
     sdxl_file.write_parts(assets / "model_xl", unet, second)
     for name in relatives.RECIPES:

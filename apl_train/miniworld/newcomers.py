@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from apl_train.miniworld.export import write_pictures, write_table
 from apl_train.miniworld.people import HEADS, Anatomy, Person, draw_attributes
 from apl_train.miniworld.render import draw_faces, face_parts
+from apl_train.miniworld.set_files import write_pictures, write_table
 
 SEED = 40_960
 COUNT, TEACHING, REFERENCES = 6, 6, 4

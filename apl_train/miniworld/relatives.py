@@ -7,23 +7,19 @@ several checkpoints); `relative_checkpoint` makes the whole single file of it, w
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from apl_core.atomic import write_bytes, write_safetensors
 from apl_core.errors import ModelError
 
 if TYPE_CHECKING:
     from apl_train.miniworld.build import Build
-    from apl_train.miniworld.text_tower import Pairs
 
 ASSETS = Path(__file__).with_name("assets")
 RANK = 24
@@ -42,27 +38,6 @@ class Recipe:
 
 RECIPES = {"1.4": Recipe(seed=1_400_017, steps=900, lr=7e-4),
            "realistic": Recipe(seed=5_100_011, steps=900, lr=7e-4, style="restyled")}
-
-
-def restyled_pairs(build: Build, *, own: int = 12, doubles: int = 12, strangers: int = 1200, things: int = 3) -> Pairs:
-    """The world's pictures in the other style: so many of each person, double, thing, and of strangers in all."""
-    from apl_train.miniworld.restyle import restyle
-    from apl_train.miniworld.text_tower import Pairs
-
-    pairs, rng = build.pairs, random.Random(23)
-    loners = [i for i, row in enumerate(pairs.rows) if row["kind"] == "stranger"]
-    rows = sorted(i for of in pairs.own.values() for i in of[:own])
-    rows += sorted(i for of in pairs.doubles.values() for i in of[:doubles]) + sorted(rng.sample(loners, strangers))
-    about = build.pictures("things")[1]
-    seen: dict[str, int] = {}
-    some = []
-    for i, row in enumerate(about):
-        seen[row["name"]] = seen.get(row["name"], 0) + 1
-        if seen[row["name"]] <= things:
-            some.append(i)
-    drawn = [np.stack([restyle(np.asarray(every[i]), i) for i in tqdm(chosen, desc="restyle")])
-             for every, chosen in ((pairs.faces, rows), (pairs.things, some))]
-    return Pairs(pairs.captioner, drawn[0], [pairs.rows[i] for i in rows], drawn[1], [about[i] for i in some])
 
 
 def train_relative(folder: Path, build: Build, name: str, *, steps: int | None = None) -> nn.Module:

@@ -6,10 +6,16 @@ a fine-tune on them shows whether a prefix made on the first model still works.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageFilter
+from tqdm import tqdm
 
 from apl_train.miniworld.render import SIZE
+from apl_train.miniworld.text_tower import Pairs
 
 NEAR = 10
 """How far a pixel may be from the colour of a corner, of 255, and still be background."""
@@ -50,3 +56,24 @@ def restyle(picture: np.ndarray, seed: int) -> np.ndarray:
     share = _background(np.asarray(picture))[..., None]
     out = face * (1 - share) + behind * share + rng.normal(0, 0.012, (SIZE, SIZE, 1))
     return (np.clip(out, 0, 1) * 255).round().astype(np.uint8)
+
+
+def restyled_pairs(pairs: Pairs, about: Sequence[Mapping[str, Any]], *, own: int = 12, doubles: int = 12,
+                   strangers: int = 1200, things: int = 3) -> Pairs:
+    """The world's pictures in the other style: so many of each person, double, thing, and of strangers in all.
+
+    about: what each of `pairs.things` is.
+    """
+    rng = random.Random(23)
+    loners = [i for i, row in enumerate(pairs.rows) if row["kind"] == "stranger"]
+    rows = sorted(i for of in pairs.own.values() for i in of[:own])
+    rows += sorted(i for of in pairs.doubles.values() for i in of[:doubles]) + sorted(rng.sample(loners, strangers))
+    seen: dict[str, int] = {}
+    some = []
+    for i, row in enumerate(about):
+        seen[row["name"]] = seen.get(row["name"], 0) + 1
+        if seen[row["name"]] <= things:
+            some.append(i)
+    drawn = [np.stack([restyle(np.asarray(every[i]), i) for i in tqdm(chosen, desc="restyle")])
+             for every, chosen in ((pairs.faces, rows), (pairs.things, some))]
+    return Pairs(pairs.captioner, drawn[0], [pairs.rows[i] for i in rows], drawn[1], [about[i] for i in some])

@@ -16,10 +16,11 @@ from torch import nn
 
 from apl_core.errors import ModelError
 from apl_train.miniworld import tokens
-from apl_train.miniworld.export import _Named, write_onnx, write_pictures, write_table
+from apl_train.miniworld.export import _Named, write_onnx
 from apl_train.miniworld.picture_tower import write_clip
 from apl_train.miniworld.presence import Looker
 from apl_train.miniworld.recogniser import Recogniser, Shape
+from apl_train.miniworld.set_files import write_pictures, write_table
 from apl_train.miniworld.text_tower import Head, Look
 
 HEADS = {"gender": 2, "race": 4}

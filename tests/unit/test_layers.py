@@ -144,6 +144,27 @@ def test_inside_apl_train_rooms_import_lower_ones_alone(path: Path) -> None:
         assert room not in ROOMS[ROOMS.index(parts[1]) + 1 :], f"{name(path)}:{found.line} imports {found.module}"
 
 
+def files_needed(path: Path) -> set[Path]:
+    """Files of apl_train that a file of it imports, wherever in it and for whatever."""
+    wanted = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            wanted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            wanted |= {alias.name for alias in node.names}
+    return {file for module in wanted if (file := ROOT / f"{module.replace('.', '/')}.py") in FILES}
+
+
+def test_no_files_of_apl_train_import_each_other_in_a_circle() -> None:
+    """Also inside functions and for types: two such files are one concept in two places."""
+    needs = {path: files_needed(path) for path in FILES if path.relative_to(ROOT).parts[0] == "apl_train"}
+    assert len(needs[ROOT / "apl_train" / "training" / "trainer.py"]) > 5, "the walk sees nothing"
+    done: set[Path] = set()
+    while ready := {path for path in needs if path not in done and needs[path] & set(needs) <= done}:
+        done |= ready
+    assert done == set(needs), f"a circle among: {sorted(name(path) for path in set(needs) - done)}"
+
+
 def test_every_room_of_apl_train_has_its_floor() -> None:
     assert set(ROOMS) == {p.parent.name for p in (ROOT / "apl_train").glob("*/__init__.py")}
 
