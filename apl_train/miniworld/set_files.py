@@ -15,6 +15,7 @@ from apl_core.atomic import write_text, write_with
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A CSV table in UTF-8 with line feeds, whatever the system, written whole or not at all."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
