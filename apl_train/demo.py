@@ -37,8 +37,12 @@ def _prefix(run: Path, backend: Backend, steps: int | None, cache: Path) -> tupl
     return train(run, configs.from_dict(values), backend=backend, cache=cache), time.monotonic() - began
 
 
-def run_demo(run: Path, *, steps: int | None = None, persons: int = 16, seeds: int = 4) -> tuple[dict[str, Any], str]:
+def run_demo(run: Path, *, steps: int | None = None, persons: int = 16, seeds: int = 4,
+             train_seeds: int = 2) -> tuple[dict[str, Any], str]:
     """Everything in one go; returns scores.json and what the terminal shows.
+
+    seeds: pictures of each unseen person; train_seeds: at most so many of each of S_ID, who stand beside them for
+    comparison.
 
     Writes `<run>/prefix/*.safetensors`, `scores.json` and `report.html`. Raises APLError.
     """
@@ -54,7 +58,7 @@ def run_demo(run: Path, *, steps: int | None = None, persons: int = 16, seeds: i
     prefix_path = run / "prefix" / f"{shipped.PREFIX}.safetensors"
     steps_next = next_steps(prefix_path)
     scores = Assessment(run, run, backend, prompt, people, embedder, attributes, cache, persons, seeds,
-                        commands=steps_next, seconds=seconds).measure()
+                        min(train_seeds, seeds), commands=steps_next, seconds=seconds).measure()
     _record(scores, seconds)
     text = "\n".join([score_table(scores), "", f"report:  {run / 'report.html'}   (open it in a browser)",
                       f"prefix:  {prefix_path}", f"scores:  {run / 'scores.json'}", "", "next:",

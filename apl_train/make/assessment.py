@@ -49,7 +49,8 @@ class Assessment:
     Attributes:
         run: folder of the training; out: where scores.json and report.html go.
         embedder, attributes: see `evaluate`.
-        persons, seeds: unseen persons, and pictures of each.
+        persons, seeds: unseen persons, and as many of S_ID, and pictures of each; train_seeds: of those of S_ID, if
+            not as many.
         steps, guidance: of the sampler.
         title: of the report.
         commands: (what it does, command) for what to do next.
@@ -67,6 +68,7 @@ class Assessment:
     cache: Path
     persons: int = 16
     seeds: int = 4
+    train_seeds: int | None = None
     steps: int = 20
     guidance: float = 3.0
     title: str = "Anonymization Prompt Learning, demonstrated"
@@ -85,9 +87,9 @@ class Assessment:
         began = time.monotonic()
         try:
             scores = evaluate(self.backend, self.prompt, self.people, self.embedder, self.attributes,
-                              splits=("train", "test"), seeds=self.seeds, persons_limit=self.persons,
-                              neutral_limit=self.persons, cache=self.cache, progress=bars, keep_images=album,
-                              keep_limit=max(SHOWN, self.persons), **sampler)
+                              splits=("train", "test"), seeds=self.seeds, train_seeds=self.train_seeds,
+                              persons_limit=self.persons, neutral_limit=self.persons, cache=self.cache, progress=bars,
+                              keep_images=album, keep_limit=max(SHOWN, self.persons), **sampler)
             self.seconds["score"] = time.monotonic() - began
             began = time.monotonic()
             level_scores, albums = self._levels(bars, sampler)

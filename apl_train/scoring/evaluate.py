@@ -85,6 +85,7 @@ def evaluate(
     conditions: Sequence[str] = ("off", "on", "random", "description"),
     phrase: str | None = None,
     seeds: int = 8,
+    train_seeds: int | None = None,
     neutral_seeds: int = 2,
     persons_limit: int | None = None,
     neutral_limit: int | None = None,
@@ -108,7 +109,8 @@ def evaluate(
         conditions: of `CONDITIONS`; "off" must be among them. "phrase" is added by `phrase`.
         phrase: words ahead of the prompt, or a template around the name such as "a fan of {}". Its drift is measured
             only for the former: a template has nothing to stand around in a prompt that names nobody.
-        seeds: pictures per person and condition; neutral_seeds: per neutral prompt, two or more.
+        seeds: pictures per person and condition; train_seeds: per person of "train", where fewer (or more) will do;
+            neutral_seeds: per neutral prompt, two or more.
         persons_limit, neutral_limit: the first so many of each split and kind.
         template: c1, {} is the name (paper sec. 4.2).
         random_seed: of the random vectors.
@@ -121,8 +123,8 @@ def evaluate(
         ScoreError: a setting is out of range, or a person has fewer than two references with exactly one face.
     """
     conditions = _conditions(conditions, phrase, prompt_vectors)
-    _check(splits=splits, template=template, seeds=seeds, neutral_seeds=neutral_seeds, face_choice=face_choice,
-           persons_limit=persons_limit, neutral_limit=neutral_limit, steps=steps)
+    _check(splits=splits, template=template, seeds=seeds, train_seeds=train_seeds, neutral_seeds=neutral_seeds,
+           face_choice=face_choice, persons_limit=persons_limit, neutral_limit=neutral_limit, steps=steps)
     learned = _tensors(prompt_vectors)
     vectors = {"on": learned, "random": drift.random_vectors(learned, random_seed)} if learned else {}
     vectors = {name: drift.standing_as(rows, prompt_vectors) for name, rows in vectors.items()}
@@ -135,9 +137,10 @@ def evaluate(
 
     seen: dict[tuple[str, str], Observed] = {}
     for split, persons in groups.items():
+        each = train_seeds if split == "train" and train_seeds is not None else seeds
         for condition in conditions if persons else ():
             subjects = [(p.name, _prompt(condition, p, template, phrase)) for p in persons]
-            seen[split, condition] = run.observe(f"{split}/{condition}", condition, subjects, seeds)
+            seen[split, condition] = run.observe(f"{split}/{condition}", condition, subjects, each)
     off = [faces for split, persons in groups.items() if persons
            for faces in faces_by_person(seen[split, "off"], len(persons))]
     threshold = find_threshold(gallery, off)
@@ -159,10 +162,10 @@ def evaluate(
                    "recogniser": embedder.sha256, "attributes": getattr(attributes, "sha256", None),
                    "evaluation_set": evaluation_set.sha256},
         "settings": {"splits": list(splits), "conditions": list(conditions), "phrase": phrase, "seeds": seeds,
-                     "neutral_seeds": neutral_seeds, "persons_limit": persons_limit, "neutral_limit": neutral_limit,
-                     "template": template, "steps": steps, "guidance": guidance, "random_seed": random_seed,
-                     "face_choice": face_choice, "model": getattr(backend, "name", ""), "recogniser": embedder.name,
-                     "recogniser_settings": getattr(embedder, "settings", {})},
+                     "train_seeds": train_seeds, "neutral_seeds": neutral_seeds, "persons_limit": persons_limit,
+                     "neutral_limit": neutral_limit, "template": template, "steps": steps, "guidance": guidance,
+                     "random_seed": random_seed, "face_choice": face_choice, "model": getattr(backend, "name", ""),
+                     "recogniser": embedder.name, "recogniser_settings": getattr(embedder, "settings", {})},
     })
 
 
@@ -252,9 +255,7 @@ def _score_neutral(run: _Run, neutral: Mapping[str, Sequence[NeutralPrompt]], co
             subjects = [(p, f"{phrase} {p}" if c == "phrase" else p) for p in prompts]
             seen[c] = run.observe(f"{kind}/{c}", c, subjects, seeds)
             distances[c] = drift.paired_latents(prompts, seen["off"].latents, seen[c].latents)
-        pixels = run.timed(f"{kind}/pixels", lambda p=prompts, s=seen: {
-            "two_seeds" if c == "off" else c: run.observer.pixel_distances(p, s["off"], s[c] if c != "off" else None)
-            for c in s})
+        pixels = run.timed(f"{kind}/pixels", lambda p=prompts, s=seen: run.observer.pixel_distances(p, s))
         row: dict[str, Any] = {c: distances[c].mean if c in distances else None for c in MOVES}
         row |= {f"pixel_{c}": pixels[c].mean if c in pixels else None for c in MOVES}
         row["ci95"] = {c: _ends(d.interval()) for c, d in distances.items()}

@@ -145,20 +145,23 @@ class Observer:
         """The pictures [start, stop) again, decoded from their latents."""
         return self.backend.decode(observed.latents[start:stop])
 
-    def pixel_distances(self, prompts: Sequence[str], off: Observed, other: Observed | None = None) -> drift.Distances:
-        """Distances of pictures, decoded a few prompts at a time; without `other` those of different seeds of `off`."""
-        each = len(off.counts) // len(prompts)
+    def pixel_distances(self, prompts: Sequence[str], seen: Mapping[str, Observed]) -> dict[str, drift.Distances]:
+        """Distances of pictures from those of "off", by condition; "two_seeds": of different seeds of "off".
+
+        Pictures are decoded a few prompts at a time, those of "off" once for all conditions.
+        """
+        each = len(seen["off"].counts) // len(prompts)
         step = max(1, PART // each) * each
-        rows = []
-        for start in range(0, len(off.counts), step):
-            a = self.pictures(off, start, start + step)
-            if other is not None:
-                rows.append(drift.pixel_rms(a, self.pictures(other, start, start + step)).reshape(-1, each))
-                continue
-            a = a.reshape(-1, each, *a.shape[1:])
-            pairs = [drift.pixel_rms(a[:, i], a[:, j]) for i, j in drift.seed_pairs(each)]
-            rows.append(np.stack(pairs, axis=1))
-        return drift.Distances(tuple(prompts), np.concatenate(rows))
+        rows: dict[str, list[NDArray[np.float64]]] = {}
+        for start in range(0, len(seen["off"].counts), step):
+            off = self.pictures(seen["off"], start, start + step)
+            by_prompt = off.reshape(-1, each, *off.shape[1:])
+            rows.setdefault("two_seeds", []).append(np.stack(
+                [drift.pixel_rms(by_prompt[:, i], by_prompt[:, j]) for i, j in drift.seed_pairs(each)], axis=1))
+            for condition in seen.keys() - {"off"}:
+                other = self.pictures(seen[condition], start, start + step)
+                rows.setdefault(condition, []).append(drift.pixel_rms(off, other).reshape(-1, each))
+        return {c: drift.Distances(tuple(prompts), np.concatenate(parts)) for c, parts in rows.items()}
 
     def _sample(self, stage: str, shots: Sequence[Shot], vectors: Mapping[str, Tensor] | None) -> Observed:
         counts: list[int] = []

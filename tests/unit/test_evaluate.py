@@ -265,6 +265,15 @@ def test_seeds_are_those_of_the_subject_alone(full: tuple[FakeBackend, dict]) ->
     assert Shot("x", "p", 0).seed != Shot("x", "p", 1).seed
 
 
+def test_persons_of_s_id_can_have_pictures_of_their_own_number() -> None:
+    _, scores = run(seeds=3, train_seeds=2)
+    rows, alike = scores["persons"], run(seeds=2)[1]["persons"]
+    for condition, row in rows["train"].items():
+        assert row["n_images"] == 2 * row["n_persons"] and rows["test"][condition]["n_images"] == 3 * row["n_persons"]
+        assert row["by_person"] == alike["train"][condition]["by_person"]
+    assert scores["settings"]["train_seeds"] == 2
+
+
 def test_the_result_is_json_without_nan(full: tuple[FakeBackend, dict]) -> None:
     _, scores = full
     again = json.loads(json.dumps(scores, allow_nan=False))
@@ -403,7 +412,8 @@ def test_large_stages_go_in_parts() -> None:
     ({"conditions": ("on",)}, "conditions"), ({"conditions": ("off", "of")}, "conditions"),
     ({"conditions": ("off", "phrase")}, "phrase"), ({"splits": ("tests",)}, "splits"), ({"splits": ()}, "splits"),
     ({"template": "a portrait"}, "template"), ({"seeds": 0}, "seeds"), ({"neutral_seeds": 1}, "neutral_seeds"),
-    ({"persons_limit": 0}, "persons_limit"), ({"face_choice": "first"}, "face_choice"),
+    ({"train_seeds": 0}, "train_seeds"), ({"persons_limit": 0}, "persons_limit"),
+    ({"face_choice": "first"}, "face_choice"),
 ])
 def test_wrong_settings_are_named(changes: dict, field: str) -> None:
     with pytest.raises(ScoreError) as caught:
