@@ -32,7 +32,6 @@ from apl_train.miniworld.recogniser import CROP
 from apl_train.miniworld.render import SIZE
 from apl_train.miniworld.set_files import write_pictures, write_table
 
-ASSETS = Path(__file__).with_name("assets")
 C1_TEMPLATES = ("A photo of {}", "A portrait of {}", "A close-up photo of {}", "A close-up portrait of {}", "{}")
 """Caption templates of S_ID (the paper's own code uses these)."""
 IMAGES_PER_PERSON = 4

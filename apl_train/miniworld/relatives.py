@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from apl_core.atomic import write_bytes, write_safetensors
 from apl_core.errors import ModelError
+from apl_train.miniworld import ASSETS
 
 if TYPE_CHECKING:
     from apl_train.miniworld.build import Build
 
-ASSETS = Path(__file__).with_name("assets")
 RANK = 24
 """Of what ships; the differences of biases and norms ship whole."""
 
@@ -89,7 +89,7 @@ def apply_change(unet: nn.Module, path: Path) -> None:
         own[key].add_(whole.float().reshape(own[key].shape).to(own[key].dtype))
 
 
-def relative_checkpoint(name: str, folder: Path, assets: Path | None = None) -> Path:
+def relative_checkpoint(name: str, folder: Path, assets: Path = ASSETS) -> Path:
     """The whole single-file checkpoint of a relative, made once in `folder`.
 
     Raises:
@@ -99,7 +99,6 @@ def relative_checkpoint(name: str, folder: Path, assets: Path | None = None) -> 
     from apl_train.model.single_file import to_ldm
 
     _recipe(name)
-    assets = assets or ASSETS
     source, change = assets / "model" / "miniature-sd1.safetensors", assets / "model" / "relatives"
     change = change / f"miniature-{name}.safetensors"
     if not change.is_file():

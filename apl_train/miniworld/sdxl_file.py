@@ -16,12 +16,12 @@ from torch import nn
 
 from apl_core.atomic import write_bytes, write_safetensors, write_text
 from apl_core.errors import ModelError
+from apl_train.miniworld import ASSETS
 from apl_train.model.base_model import read_header
 from apl_train.model.checkpoint import open_checkpoint, read_ldm
 from apl_train.model.single_file import TEXT, VAE
 from apl_train.model.single_file_xl import CLIP_L, own_parts, sgm_config
 
-ASSETS = Path(__file__).with_name("assets")
 PARTS, SD1 = ASSETS / "model_xl", ASSETS / "model" / "miniature-sd1.safetensors"
 NAME, ARCH = "miniature-sdxl", "miniature-g"
 _MADE_FROM = "apl.made_from"

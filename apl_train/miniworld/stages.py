@@ -15,14 +15,14 @@ from pathlib import Path
 import torch.distributed
 
 from apl_core.errors import ConfigError
-from apl_train.miniworld import export
+from apl_train.miniworld import ASSETS, export
 from apl_train.miniworld.build import Build
 
 STAGES = ("tokenizer", "pictures", "recogniser2", "left_out", "vae", "text", "latents", "unet", "text2", "unet_xl",
           "recogniser", "attributes", "presence", "export", "dataset", "family")
 
 
-def run_stages(build: Build, until: str = STAGES[-1], assets: Path = export.ASSETS) -> None:
+def run_stages(build: Build, until: str = STAGES[-1], assets: Path = ASSETS) -> None:
     """Runs the stages up to and with `until`. Raises ConfigError for an unknown stage."""
     if until not in STAGES:
         raise ConfigError(f"until is {until!r}, which is no stage.", f"Use one of: {', '.join(STAGES)}.", field="until")

@@ -1,9 +1,10 @@
-"""benchmarks/all.py, the tables of beyond.py and drift_trade.py: parts exist, rows stay apart from the claims."""
+"""benchmarks/all.py, the tables of beyond.py and drift_trade.py, second_run.py: parts exist, rows stay apart."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -139,3 +140,56 @@ def test_the_trade_of_likeness_and_drift_is_drawn_from_its_rows(benchmark, tmp_p
     known = json.loads(trade.FILE.read_text(encoding="utf-8"))
     assert trade.table(known) in trade.DOCS.read_text(encoding="utf-8"), "run: python benchmarks/drift_trade.py --docs"
     assert trade.FIGURE.exists()
+
+
+def test_a_second_run_is_judged_by_the_intervals_of_the_first(benchmark) -> None:
+    second = benchmark("second_run")
+    row = {"id_acc_mean": 0.5, "ci95": [0.4, 0.6], "id_acc_max": None, "ci95_max": [None, None], "by_person": [0.5]}
+    drift = {"on": 0.2, "ci95": {"on": [0.1, 0.3]}, "ratio": {"value": 0.21, "lo": 0.2, "hi": 0.22}}
+    first = {"rows": [{"name": "base", "values": {"off": {"value": 0.7, "lo": 0.6, "hi": 0.8},
+                                                  "faces": {"value": 1.0, "lo": None, "hi": None}}}],
+             "persons": row, "drift": drift, "seconds": {"train": 3.0}}
+    assert all(f.inside and f.first == f.second for f in second.figures(first, json.loads(json.dumps(first))))
+    other = json.loads(json.dumps(first))
+    other["rows"][0]["values"]["off"]["value"] = 0.81
+    other["persons"]["id_acc_mean"] = 0.6
+    other["drift"] = {"on": 0.05}
+    seen = {f.where: (f.second, f.inside) for f in second.figures(first, other)}
+    assert seen == {"/rows/base/values/off": (0.81, False), "/persons/id_acc_mean": (0.6, True),
+                    "/drift/on": (0.05, False), "/drift/ratio": (None, False)}
+    assert "/rows/base/values/off: 0.8100, first 0.7000" in (shown := second.show({"t": list(
+        second.figures(first, other))}).replace("    ", "/")) and "nothing, first 0.2100" in shown
+
+
+def test_a_second_run_has_none_of_the_first_ones_figures(benchmark, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    second = benchmark("second_run")
+    root, into = tmp_path / "root", tmp_path / "into"
+    program = ("import json, sys, os; from pathlib import Path\n"
+               "assert Path(os.environ['PYTHONPATH']) == Path.cwd()\n"
+               "Path(sys.argv[1]).write_text(json.dumps({'value': 1.5, 'lo': 1.0, 'hi': 2.0}))\n")
+    for name, text in {"apl_train/__init__.py": "", "apl_train/__main__.py": program, "b/first.json":
+                       json.dumps({"value": 1.0, "lo": 0.9, "hi": 1.1}), "b/other.json": "{}"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, "utf-8")
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "--quiet"], ["add", "."], [*who, "commit", "-qm", "t"]):
+        subprocess.run(["git", *words], cwd=root, check=True)
+    monkeypatch.setattr(second, "ROOT", root)
+    monkeypatch.setattr(second, "PARTS", {"one": ("b/first.json", ("b/first.json",))})
+    second.clone(into)
+    assert not (into / "b/first.json").exists() and (into / "b/other.json").exists()
+    second.measure(into, "one")
+    (found,) = second.compared(into, "one")
+    assert (found.first, found.second, found.inside) == (1.0, 1.5, False)
+    (into / "b/first.json").write_text('{"value": 1.05}', "utf-8")
+    second.clone(into)
+    second.measure(into, "one")  # there already: not measured again
+    assert second.compared(into, "one")[0].inside
+
+
+def test_the_parts_of_a_second_run_are_files_that_ship(benchmark) -> None:
+    second = benchmark("second_run")
+    for name in second.PARTS:
+        rows = second.compared(second.ROOT, name)
+        assert rows and all(f.inside and f.low <= f.first <= f.high for f in rows), name
