@@ -1,9 +1,7 @@
 """Scoring a prefix: ID-ACC, face rate, Attr-ACC, joint success, drift and uninvited persons, as one JSON-ready dict.
 
-Step image -> score (APL sec. 4.1 to 4.3). Every condition uses the same persons and seeds: "off" is the name alone,
-"on" the name with the prefix, "random" the name with random vectors of equal norms (is it the learning, or anything
-standing there?), "description" c2 alone (what perfect anonymization would look like), "phrase" the name with the best
-hand-written words (what could be had without training). Formulas live in `apl_core.id_scores` and `drift`.
+Step image -> score (APL sec. 4.1 to 4.3). Every condition (`conditions`) uses the same persons and seeds. Formulas live
+in `apl_core.id_scores` and `drift`.
 """
 
 from __future__ import annotations
@@ -32,6 +30,7 @@ from apl_core.metadata import content_hash
 from apl_core.prefix import AnonymizationPrompt
 from apl_train.scoring import drift
 from apl_train.scoring.attributes import attr_acc
+from apl_train.scoring.conditions import chosen_conditions, prompt_of, tensors_of, vectors_by_condition
 from apl_train.scoring.gallery import (
     Gallery,
     Threshold,
@@ -45,7 +44,6 @@ from apl_train.scoring.gallery import (
 from apl_train.scoring.observe import Keep, Observed, Observer, Progress, shots_of
 from apl_train.scoring.persons import SPLITS, EvaluationSet, NeutralPrompt, PersonRecord
 
-CONDITIONS = ("off", "on", "random", "description", "phrase")
 MOVES = ("on", "random", "phrase", "two_seeds")
 NEUTRAL = {"unnamed_faces": "unnamed_face", "nonfaces": "nonface"}
 
@@ -106,7 +104,7 @@ def evaluate(
         prompt_vectors: the prefix, key to float [m, width]; None scores the model alone ("on" and "random" fall away).
         attributes: an object with `read` (see `AttributeReader`), or None: no Attr-ACC then.
         splits: of "train", "test", "final"; the last is for one final measurement.
-        conditions: of `CONDITIONS`; "off" must be among them. "phrase" is added by `phrase`.
+        conditions: of `conditions.CONDITIONS`; "off" must be among them. "phrase" is added by `phrase`.
         phrase: words ahead of the prompt, or a template around the name such as "a fan of {}". Its drift is measured
             only for the former: a template has nothing to stand around in a prompt that names nobody.
         seeds: pictures per person and condition; train_seeds: per person of "train", where fewer (or more) will do;
@@ -122,12 +120,11 @@ def evaluate(
     Raises:
         ScoreError: a setting is out of range, or a person has fewer than two references with exactly one face.
     """
-    conditions = _conditions(conditions, phrase, prompt_vectors)
+    conditions = chosen_conditions(conditions, phrase, prompt_vectors is not None)
     _check(splits=splits, template=template, seeds=seeds, train_seeds=train_seeds, neutral_seeds=neutral_seeds,
            face_choice=face_choice, persons_limit=persons_limit, neutral_limit=neutral_limit, steps=steps)
-    learned = _tensors(prompt_vectors)
-    vectors = {"on": learned, "random": drift.random_vectors(learned, random_seed)} if learned else {}
-    vectors = {name: drift.standing_as(rows, prompt_vectors) for name, rows in vectors.items()}
+    learned = tensors_of(prompt_vectors)
+    vectors = vectors_by_condition(prompt_vectors, random_seed)
     groups = {split: evaluation_set.of_split(split, persons_limit) for split in splits}
     keep = keep_images if callable(keep_images) or keep_images is None else _writer(Path(keep_images))
     run = _Run(Observer(backend, embedder, attributes, steps, guidance, Path(cache) if cache else None, progress, keep,
@@ -139,7 +136,7 @@ def evaluate(
     for split, persons in groups.items():
         each = train_seeds if split == "train" and train_seeds is not None else seeds
         for condition in conditions if persons else ():
-            subjects = [(p.name, _prompt(condition, p, template, phrase)) for p in persons]
+            subjects = [(p.name, prompt_of(condition, p, template, phrase)) for p in persons]
             seen[split, condition] = run.observe(f"{split}/{condition}", condition, subjects, each)
     off = [faces for split, persons in groups.items() if persons
            for faces in faces_by_person(seen[split, "off"], len(persons))]
@@ -200,7 +197,8 @@ def best_phrase(backend: Any, phrases: Sequence[str], evaluation_set: Evaluation
     found = build_gallery(evaluation_set, everybody if threshold is None else chosen, embedder, progress)
     limit = Threshold(threshold if threshold is not None else math.nan, math.nan, 0)
     if threshold is None:
-        observed = run.observe("train/off", "off", [(p.name, _prompt("off", p, template, None)) for p in chosen], seeds)
+        subjects = [(p.name, prompt_of("off", p, template, None)) for p in chosen]
+        observed = run.observe("train/off", "off", subjects, seeds)
         nobody = [np.zeros((0, found.matrix.shape[1]))] * (len(everybody) - len(chosen))
         limit = find_threshold(found, [*faces_by_person(observed, len(chosen)), *nobody])
         if math.isnan(limit.value):
@@ -208,7 +206,7 @@ def best_phrase(backend: Any, phrases: Sequence[str], evaluation_set: Evaluation
                              "Take more persons or seeds, or give `threshold`.", field="threshold")
     joint, mean = {}, {}
     for number, phrase in enumerate(phrases):
-        subjects = [(p.name, _prompt("phrase", p, template, phrase)) for p in chosen]
+        subjects = [(p.name, prompt_of("phrase", p, template, phrase)) for p in chosen]
         observed = run.observe(f"train/phrase{number}", "phrase", subjects, seeds)
         scores = person_scores(chosen, observed, found)
         joint[phrase] = id_scores.joint_success(scores, limit.value)
@@ -272,19 +270,6 @@ def _score_neutral(run: _Run, neutral: Mapping[str, Sequence[NeutralPrompt]], co
     return drifts, uninvited
 
 
-def _conditions(conditions: Sequence[str], phrase: str | None, vectors: Any) -> tuple[str, ...]:
-    for condition in conditions:
-        if condition not in CONDITIONS:
-            raise ScoreError(f"conditions has {condition!r}.", f"Use some of: {', '.join(CONDITIONS)}.",
-                             field="conditions")
-    if "off" not in conditions:
-        raise ScoreError("conditions lacks off, to which everything else is compared.", "Add off.", field="conditions")
-    if "phrase" in conditions and not (phrase or "").strip():
-        raise ScoreError("conditions has phrase, but no phrase is given.", "Give `phrase` some words.", field="phrase")
-    wanted = {*conditions, "phrase"} if phrase else set(conditions)
-    return tuple(c for c in CONDITIONS if c in wanted and (vectors is not None or c not in ("on", "random")))
-
-
 def _check(*, splits: Sequence[str], template: str, **numbers: Any) -> None:
     if not splits or len(set(splits)) < len(splits) or not set(splits) <= set(SPLITS):
         raise ScoreError(f"splits is {list(splits)}.", f"Name some of {', '.join(SPLITS)}, each once.", field="splits")
@@ -297,24 +282,6 @@ def _check(*, splits: Sequence[str], template: str, **numbers: Any) -> None:
         low = 2 if name == "neutral_seeds" else 1
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise ScoreError(f"{name} is {value!r}, not a whole number of {low} or more.", f"Raise {name}.", field=name)
-
-
-def _tensors(vectors: AnonymizationPrompt | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    if vectors is None:
-        return {}
-    tensors = vectors.tensors if isinstance(vectors, AnonymizationPrompt) else vectors
-    return {key: tensors[key].detach() for key in sorted(tensors)}
-
-
-def _prompt(condition: str, person: PersonRecord, template: str, phrase: str | None) -> str:
-    """c2 for "description", else c1. `replace`, not `format`: names and templates may hold other braces."""
-    if condition == "description":
-        return person.description
-    if condition != "phrase":
-        return template.replace("{}", person.name)
-    if "{}" in phrase:
-        return template.replace("{}", phrase.replace("{}", person.name))
-    return f"{phrase} {template.replace('{}', person.name)}"
 
 
 def _writer(folder: Path) -> Keep:
