@@ -1,8 +1,8 @@
 """The conditions of an evaluation: what a person's prompt is in each, and which vectors stand ahead of it.
 
-Step persons -> prompts. "off" is the name alone, "on" the name with the prefix, "random" the name with random vectors of
-equal norms (is it the learning, or anything standing there?), "description" c2 alone (what perfect anonymization would
-look like), "phrase" the name with the best hand-written words (what could be had without training).
+Step persons -> prompts. "off" is the name alone, "on" the name with the prefix, "random" the name with vectors drawn at
+random, of equal norms (is it the learning, or anything standing there?), "description" c2 alone (what perfect
+anonymization would look like), "phrase" the name with the best hand-written words (what could be had without training).
 """
 
 from __future__ import annotations
