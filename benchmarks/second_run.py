@@ -1,10 +1,9 @@
 """A second run on a fresh clone: `python benchmarks/second_run.py [--only NAME ...]`
 
 Clones this checkout's last commit into runs/second-run, takes away the figures that came with it, and runs the commands
-there that docs/results.md and the README name, one after the other: about three hours on one core. Then every figure
-that has a 95% interval is compared: does what the second run measured lie inside the interval of the first? What is
-done is kept, so that the same command goes on; --only names parts. With everything measured and APL_RECORD_CLAIMS=1 it
-writes its claim.
+there that docs/results.md and the README name, one after the other: hours on one core. Then every figure that has a 95%
+interval is compared: does what the second run measured lie inside the interval of the first? What is done is kept, so
+that the same command goes on; --only names parts. With everything measured and APL_RECORD_CLAIMS=1 it writes its claim.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,9 +81,12 @@ def clone(into: Path) -> None:
         return
     if not (ROOT / ".git").exists():
         sys.exit(f"{ROOT} is no git checkout. Clone the repository and start this there.")
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(into)], check=True)
+    half = into.with_name(f"{into.name}.half")  # one that was cut off would still hold the first run's figures
+    shutil.rmtree(half, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(half)], check=True)
     for file, _ in PARTS.values():
-        (into / file).unlink()
+        (half / file).unlink()
+    half.rename(into)
 
 
 def measure(into: Path, name: str) -> None:
@@ -97,7 +100,11 @@ def measure(into: Path, name: str) -> None:
 
 
 def compared(into: Path, name: str) -> list[Figure]:
-    """A part's figures in both runs."""
+    """A part's figures in both runs. Exits where the first ones are no longer those of the clone's commit."""
+    file = PARTS[name][0]
+    cloned = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=into, check=True, capture_output=True).stdout
+    if json.loads(cloned) != json.loads((ROOT / file).read_text(encoding="utf-8")):
+        sys.exit(f"{file} was measured again after {into} was cloned. Remove that folder and start once more.")
     first, second = (json.loads((root / PARTS[name][0]).read_text(encoding="utf-8")) for root in (ROOT, into))
     return list(figures(first, second))
 

@@ -63,7 +63,8 @@ def _parsers(defaults: dict[str, Any]) -> tuple[ArgumentParser, dict[str, Argume
                    help="folder of the run; a second demo reuses what is there")
     p.add_argument("--steps", type=int, default=None, help="optimizer steps instead of the preset's")
     p.add_argument("--persons", type=int, default=16, help="unseen persons to score")
-    p.add_argument("--seeds", type=int, default=4, help="pictures of each unseen person; at most two of each other one")
+    p.add_argument("--seeds", type=int, default=4,
+                   help="pictures of each unseen person; at most two of each one learned from")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of TrainConfig's settings
     p = parsers["train"]
     p.add_argument("--preset", type=str, default="fast",
