@@ -140,9 +140,11 @@ class Rows:
             faces = read_dataset(shipped.locate("s_reg", shipped.MINIATURE), expect="reg")
             make_pseudo(self.bench.backend, faces, folder, count=self.args.identities,
                         settings=Inversion(steps=self.args.inversion_steps))
-        share = configs.preset("miniature-pseudo")["pseudo_share"]
+        preset = configs.preset("miniature-pseudo")
+        changes = {key: preset[key] for key in ("alpha", "reg_weight", "pseudo_share")}
+        name = "-".join(["pseudo", *(f"{value:g}" for value in changes.values())])
         prompts = {"off": None, "plain": self.trained("plain"),
-                   "pseudo": self.trained(f"pseudo-{share:g}", pseudo=str(folder), pseudo_share=share)}
+                   "pseudo": self.trained(name, pseudo=str(folder), **changes)}
         found: dict[str, Any] = {"words": self.likeness_of_words(folder), **figures(self.scores(prompts["pseudo"]))}
         usual = DreamBooth(**read_settings("miniature").dreambooth)  # those of Fig. 5
         found["by_word"] = {word: self.taught(dataclasses.replace(usual, token=word), prompts)

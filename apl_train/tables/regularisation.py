@@ -22,7 +22,7 @@ from apl_train.tables.looks import scores_of
 from apl_train.tables.methods import Method, base_method, prefix_method
 from apl_train.tables.results import Column, Row, Table
 from apl_train.tables.table1 import SPLITS
-from apl_train.tables.table2 import mean_interval
+from apl_train.tables.table2 import mean_interval, share_interval
 from apl_train.tables.trained import trained
 
 FIGURE = "no-reg.png"
@@ -51,7 +51,7 @@ def measure(ev: Evaluation) -> Table:
             f"{s}_mean": id_scores.cluster_bootstrap(scores_of(g, next(seen), gallery)) for s, g in groups.items()}
         for kind in prompts:
             one = next(seen)
-            values[f"{kind}_faces"] = mean_interval(one.has_face.astype(np.float64))
+            values[f"{kind}_faces"] = share_interval(one.has_face)
             values[f"{kind}_clip"] = mean_interval(one.clip) if len(one.clip) else None
             rates[name, kind] = float(one.has_face.mean())
         rows.append(Row(name, values))

@@ -184,6 +184,15 @@ def mean_interval(values: NDArray) -> Interval:
     return id_scores.cluster_bootstrap([PersonScores(str(i), np.array([v]), 1) for i, v in enumerate(values)])
 
 
+def share_interval(which: NDArray) -> Interval:
+    """Share of pictures that are so, bool [n], with Wilson's 95% interval: bootstrap gives a share of 0 or 1 none."""
+    from scipy.stats import binomtest
+
+    found = binomtest(int(which.sum()), len(which))
+    ends = found.proportion_ci(0.95, "wilson")
+    return Interval(float(found.statistic), float(ends.low), float(ends.high))
+
+
 def paper_row(name: str) -> dict[str, float | None]:
     """The paper's figures of a method, by our columns."""
     wanted = {"base": "SD v1.5", "APL": "APL"}.get(name) or next(

@@ -306,3 +306,14 @@ def test_settings_come_from_a_grid_that_was_tried_whole(tmp_path: Path) -> None:
     assert tuned_settings("uce", file) == dict(grid[-1]) and tuned_settings("esd", file) is None
     file.write_text("{")
     assert tuned_settings("uce", file) is None
+
+
+@pytest.mark.skipif(not HAS_CLEANFID, reason="extra [eval] is not installed")
+@pytest.mark.parametrize(("count", "n"), [(48, 48), (0, 48), (43, 48), (1, 3)])
+def test_a_share_has_wilsons_interval(count: int, n: int) -> None:
+    found = table2.share_interval(np.arange(n) < count)
+    z, share = 1.959963984540054, count / n  # Wilson 1927, written out
+    middle, half = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    ends = (np.array([middle - half, middle + half]) / (1 + z * z / n)).clip(0, 1)
+    assert found.value == pytest.approx(share) and (found.lo, found.hi) == pytest.approx(tuple(ends), abs=1e-12)
+    assert found.lo < found.hi, "bootstrap would give none"
