@@ -123,7 +123,9 @@ def pip_commands(python: Path, purpose: str, torch: str, cpu_index: str) -> list
         torch: the requirement to install first; "" for none.
         cpu_index: address of an index with CPU builds of torch; "" for pip's own.
     """
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--constraint", "constraints.txt"]
+    # Python compiles what it imports; pip would compile everything, most of it for nothing.
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile",
+           "--constraint", "constraints.txt"]
     commands = []
     if torch:
         commands.append([*pip, torch])

@@ -111,7 +111,8 @@ def test_constraints_pin_one_version_for_every_python() -> None:
 
 
 def test_pip_commands_are_lists(install: ModuleType) -> None:
-    pip = ["py", "-m", "pip", "install", "--disable-pip-version-check", "--constraint", "constraints.txt"]
+    pip = ["py", "-m", "pip", "install", "--disable-pip-version-check", "--no-compile",
+           "--constraint", "constraints.txt"]
     whole = [*pip, "--editable"]
     assert install.pip_commands(Path("py"), "demo", "", "") == [[*whole, ".[demo]"]]
     hostile = "torch==2.13.0; rm -rf $HOME"
