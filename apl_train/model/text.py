@@ -139,9 +139,13 @@ class TextStack:
         return self._ids(text, next(iter(self.tokenizers)))
 
     def remember(self, ids: Mapping[str, Sequence[int]]) -> None:
-        """Token ids of texts, as `tokenize` gives them, that need not be found again."""
+        """Token ids of texts, as `tokenize` gives them, that need not be found again.
+
+        Texts with a learned word are passed over: the ids of such words depend on what was learned before them.
+        """
         first = next(iter(self.tokenizers))
-        self._known |= {(text, first): list(of_text) for text, of_text in ids.items()}
+        self._known |= {(text, first): list(of_text) for text, of_text in ids.items()
+                        if not any(word in text for word in self._words)}
 
     def learn(self, words: Mapping[str, Tensor]) -> None:
         """New words with vectors of their own, such as textual inversion finds; known ones are left as they are.
@@ -163,6 +167,7 @@ class TextStack:
             self._words[word] = list(range(len(table) - len(vectors), len(table)))
         embedding.weight = nn.Parameter(table, requires_grad=False)
         embedding.num_embeddings = len(table)
+        self._known = {place: ids for place, ids in self._known.items() if not any(word in place[0] for word in words)}
 
     def _ids(self, text: str, key: str) -> list[int]:
         if (known := self._known.get((text, key))) is not None:

@@ -18,7 +18,7 @@ from apl_train.datasets.dataset import TABLE
 from apl_train.model.backend import Backend
 from apl_train.model.files import read_parts
 from apl_train.training import config as configs
-from apl_train.training.command import train
+from apl_train.training.command import load_training_set, train
 from apl_train.training.config import TrainConfig
 from apl_train.training.pseudo_cache import pseudo_folder
 from apl_train.training.pseudo_identity import read_words
@@ -87,3 +87,21 @@ def test_without_faces_there_are_none(world: tuple[Path, Backend], tmp_path: Pat
     assert pseudo_folder(backend, settings(root, pseudo=str(root)), tmp_path) == root
     with pytest.raises(DatasetError, match="no face"):
         pseudo_folder(backend, settings(root, s_reg=str(root / "things")), tmp_path)
+
+
+def test_ids_of_words_are_not_kept_for_other_processes(world: tuple[Path, Backend], tmp_path: Path) -> None:
+    """A word's ids depend on what was learned before it; a cache that another process wrote must not bring its own."""
+    root, _ = world
+    folder = pseudo_folder(world[1], settings(root), tmp_path / "cache")
+    first, second = (Backend(read_parts(tiny.write_checkpoint(tmp_path / name))) for name in ("first", "second"))
+    first.text.learn({"<earlier>": torch.zeros(3, 32)})
+    sets = [load_training_set(backend, settings(root), tmp_path / "kept", pseudo_from=folder)
+            for backend in (first, second)]
+    words = read_words(folder)
+    for backend, data in zip((first, second), sets, strict=True):
+        table = backend.text.embedding_table()
+        for row in data.pseudo_rows.tolist():
+            (word,) = (w for w in words if w in data.c1[row])
+            ids = torch.tensor(backend.text.tokenize(data.c1[row]))
+            assert any(torch.equal(table[pair], words[word]) for pair in ids.unfold(0, 2, 1)), data.c1[row]
+    assert first.text.tokenize(sets[0].c1[0]) == second.text.tokenize(sets[0].c1[0]), "texts without such a word"
