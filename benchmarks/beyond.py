@@ -2,9 +2,10 @@
 
 Every row is a training of the miniature with the preset `fast` but for its steps, one setting changed, judged on S_test
 at equal seeds; all rows that can share a target bank do. `strength` blends a null prefix with the row `plain`, `joint`
-learns on two models, `pseudo` meets persons whom DreamBooth teaches to the model afterwards. Rows are added to
-benchmarks/results/beyond.json; trainings in --runs are reused. --docs writes the table of docs/beyond.md from there.
-With APL_RECORD_CLAIMS=1 the claims `beyond-strength` and `beyond-pseudo` are recorded.
+learns on two models, `pseudo` meets persons whom DreamBooth teaches to the model afterwards, with prefixes of the
+presets' whole length. Rows are added to benchmarks/results/beyond.json; trainings in --runs are reused. --docs writes
+the table of docs/beyond.md from there. With APL_RECORD_CLAIMS=1 the claims `beyond-strength` and `beyond-pseudo` are
+recorded.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Rows:
 
     def trained(self, row: str, **changes: Any) -> AnonymizationPrompt:
         """The row's prefix, trained now unless it is there."""
-        run = self.args.runs / f"{row}-{self.args.steps}"
+        run = self.args.runs / f"{row}-{changes.get('steps', self.args.steps)}"
         path = run / "prefix" / "beyond.safetensors"
         if not path.exists():
             train(run, dataclasses.replace(self.plain, **changes), backend=self.bench.backend, cache=self.bench.cache)
@@ -141,10 +142,11 @@ class Rows:
             make_pseudo(self.bench.backend, faces, folder, count=self.args.identities,
                         settings=Inversion(steps=self.args.inversion_steps))
         preset = configs.preset("miniature-pseudo")
+        steps = self.args.pseudo_steps or preset["steps"]  # what a preset takes is asked of its whole length
         changes = {key: preset[key] for key in ("alpha", "reg_weight", "pseudo_share")}
         name = "-".join(["pseudo", *(f"{value:g}" for value in changes.values())])
-        prompts = {"off": None, "plain": self.trained("plain"),
-                   "pseudo": self.trained(name, pseudo=str(folder), **changes)}
+        prompts = {"off": None, "plain": self.trained("plain", steps=steps),
+                   "pseudo": self.trained(name, pseudo=str(folder), steps=steps, **changes)}
         found: dict[str, Any] = {"words": self.likeness_of_words(folder), **figures(self.scores(prompts["pseudo"]))}
         usual = DreamBooth(**read_settings("miniature").dreambooth)  # those of Fig. 5
         found["by_word"] = {word: self.taught(dataclasses.replace(usual, token=word), prompts)
@@ -152,7 +154,7 @@ class Rows:
         fall = found["by_word"][usual.token]["fall_pseudo"]
         _record("beyond-pseudo", fall["value"], [fall["lo"], fall["hi"]], self.args.taught)
         return found | {"identities": self.args.identities, "taught": self.args.taught,
-                        "taught_steps": self.args.taught_steps}
+                        "taught_steps": self.args.taught_steps, "steps": steps}
 
     def taught(self, settings: Any, prompts: dict[str, AnonymizationPrompt | None]) -> dict[str, Any]:
         """Newcomers bound to one word: ID-ACC before, taught without a prefix, and with each; how much of it falls."""
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--neutral", type=int, default=8, help="neutral prompts of each kind")
     parser.add_argument("--identities", type=int, default=16, help="pseudo: faces bound to words")
     parser.add_argument("--inversion-steps", type=int, default=150, help="pseudo: steps of textual inversion")
+    parser.add_argument("--pseudo-steps", type=int, default=0, help="pseudo: steps of its trainings; the preset's if 0")
     parser.add_argument("--taught", type=int, default=6, help="pseudo: persons that DreamBooth teaches")
     parser.add_argument("--taught-steps", type=int, default=200, help="pseudo: steps of DreamBooth")
     parser.add_argument("--docs", action="store_true", help=f"only write the table of {DOCS.name}")
@@ -253,7 +256,7 @@ def main() -> None:
             out(f"{name}: skipped: {error}\n")
             continue
         known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-        known[name] = found | {"steps": args.steps}
+        known[name] = {"steps": args.steps} | found
         write_json(FILE, known)
         out(f"{table(known, [name])}\n")
         sys.stdout.flush()

@@ -44,9 +44,9 @@ def _strength(found: Mapping[str, Any]) -> list[str]:
 
 
 def _pseudo(found: Mapping[str, Any]) -> list[str]:
-    lines = [f"{found['taught']} newcomers taught by {found['taught_steps']} steps of DreamBooth; "
-             f"{found['identities']} pseudo-identities in S_ID.", "",
-             "| bound to | before | taught | `fast`, shorter | falls by | with pseudo-identities | falls by |",
+    lines = [f"{found['taught']} newcomers taught by {found['taught_steps']} steps of DreamBooth; prefixes of "
+             f"{found['steps']} steps, {found['identities']} pseudo-identities in S_ID.", "",
+             "| bound to | before | taught | `fast` | falls by | `miniature-pseudo` | falls by |",
              "|---|---|---|---|---|---|---|"]
     for word, row in found["by_word"].items():
         cells = [_number(row["before"]), _number(row["off"])]
@@ -84,7 +84,8 @@ def table(rows: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
                                               found[f"{name}_on_{where}"])
                                         for name in ("plain", "joint") for where in ("first", "second"))]))
     if "pseudo" in there:
-        parts.append("\n".join([*_pseudo(rows["pseudo"]), "", HEAD, _line("with pseudo-identities", rows["pseudo"])]))
+        parts.append("\n".join([*_pseudo(rows["pseudo"]), "", HEAD,
+                                _line("`miniature-pseudo`", rows["pseudo"])]))
     return "\n\n".join(parts)
 
 
