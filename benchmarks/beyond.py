@@ -142,11 +142,11 @@ class Rows:
             make_pseudo(self.bench.backend, faces, folder, count=self.args.identities,
                         settings=Inversion(steps=self.args.inversion_steps))
         preset = configs.preset("miniature-pseudo")
-        steps = self.args.pseudo_steps or preset["steps"]  # what a preset takes is asked of its whole length
-        changes = {key: preset[key] for key in ("alpha", "reg_weight", "pseudo_share")}
-        name = "-".join(["pseudo", *(f"{value:g}" for value in changes.values())])
-        prompts = {"off": None, "plain": self.trained("plain", steps=steps),
-                   "pseudo": self.trained(name, pseudo=str(folder), steps=steps, **changes)}
+        # the preset's whole length: a shorter training would be no test of it
+        changes = {key: preset[key] for key in ("alpha", "reg_weight", "pseudo_share", "steps")}
+        name = "-".join(["pseudo", *(f"{changes[key]:g}" for key in ("alpha", "reg_weight", "pseudo_share"))])
+        prompts = {"off": None, "plain": self.trained("plain", steps=preset["steps"]),
+                   "pseudo": self.trained(name, pseudo=str(folder), **changes)}
         found: dict[str, Any] = {"words": self.likeness_of_words(folder), **figures(self.scores(prompts["pseudo"]))}
         usual = DreamBooth(**read_settings("miniature").dreambooth)  # those of Fig. 5
         found["by_word"] = {word: self.taught(dataclasses.replace(usual, token=word), prompts)
@@ -154,7 +154,7 @@ class Rows:
         fall = found["by_word"][usual.token]["fall_pseudo"]
         _record("beyond-pseudo", fall["value"], [fall["lo"], fall["hi"]], self.args.taught)
         return found | {"identities": self.args.identities, "taught": self.args.taught,
-                        "taught_steps": self.args.taught_steps, "steps": steps}
+                        "taught_steps": self.args.taught_steps, "steps": preset["steps"]}
 
     def taught(self, settings: Any, prompts: dict[str, AnonymizationPrompt | None]) -> dict[str, Any]:
         """Newcomers bound to one word: ID-ACC before, taught without a prefix, and with each; how much of it falls."""
@@ -238,7 +238,6 @@ def main() -> None:
     parser.add_argument("--neutral", type=int, default=8, help="neutral prompts of each kind")
     parser.add_argument("--identities", type=int, default=16, help="pseudo: faces bound to words")
     parser.add_argument("--inversion-steps", type=int, default=150, help="pseudo: steps of textual inversion")
-    parser.add_argument("--pseudo-steps", type=int, default=0, help="pseudo: steps of its trainings; the preset's if 0")
     parser.add_argument("--taught", type=int, default=6, help="pseudo: persons that DreamBooth teaches")
     parser.add_argument("--taught-steps", type=int, default=200, help="pseudo: steps of DreamBooth")
     parser.add_argument("--docs", action="store_true", help=f"only write the table of {DOCS.name}")
