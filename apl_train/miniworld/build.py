@@ -23,6 +23,7 @@ from apl_train.miniworld import (
     presence,
     recogniser,
     restyle,
+    steady,
     text_tower,
 )
 from apl_train.miniworld.captions import Captioner
@@ -38,6 +39,7 @@ class Lengths:
     text: int = 1000
     unet: int = 4800
     unet_alone: int = 7600
+    steady: int = 2000
     text2: int = 420
     unet_xl: int = 3000
     recogniser: int = 2600
@@ -125,6 +127,13 @@ class Build:
         return denoiser.train_unet(self.fits, self.pairs, self.text[0], *self.latents, steps=self.lengths.unet_alone,
                                    batch=64, name="unet-alone", start=both, seed=7, twins=32, **how)
 
+    @cached_property
+    def tower(self):
+        """The text tower as it ships: after the UNet, which it was trained with, its last lesson."""
+        _ = self.unet  # comes first: its training has a word on the tower too
+        return steady.train_steady(self.fits, self.pairs.captioner, self.text[0], steps=self.lengths.steady,
+                                   minutes=self.minutes)
+
     # -- the miniature SDXL ----------------------------------------------------------------------------------
 
     @cached_property
@@ -140,8 +149,8 @@ class Build:
     @cached_property
     def unet_xl(self):
         """(UNet, second text model) of the miniature SDXL."""
-        unet, second = self.unet, self.text2[0]  # in this order: the UNet's training ends the first text tower's
-        return denoiser_xl.train_unet_xl(self.fits, self.pairs, self.text[0], second, unet, *self.latents, self.resized,
+        first, second, unet = self.tower, self.text2[0], self.unet
+        return denoiser_xl.train_unet_xl(self.fits, self.pairs, first, second, unet, *self.latents, self.resized,
                                          steps=self.lengths.unet_xl, minutes=self.minutes, compiled=self.compiled)
 
     # -- relatives of the first miniature --------------------------------------------------------------------

@@ -8,6 +8,7 @@ could do anything. Random filler tokens come from the whole vocabulary, less the
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass, field
 
@@ -57,7 +58,7 @@ class Captioner:
     """Draws captions. `tokenizer`: the CLIP tokenizer; `people`: all named persons; `things`: names of the things."""
 
     def __init__(self, tokenizer, people: list[Person], things: list[str]):
-        self._tokenizer, self.people, self.things = tokenizer, people, things
+        self._tokenizer, self.people, self.things, self._dressed = tokenizer, people, things, True
         self._memo: dict[str, list[int]] = {}
         taken = set()
         said = [p.name for p in people] + things + [a for c in HEADS.values() for a in c] + list(FILLERS)
@@ -65,6 +66,16 @@ class Captioner:
             taken |= set(self.ids(text))
         words = [i for t, i in tokenizer.get_vocab().items() if t.endswith("</w>") and t[:-4].isalpha() and len(t) > 6]
         self.filler_ids = np.array(sorted(i for i in words if i not in taken))
+
+    def alone(self) -> Captioner:
+        """One that draws captions without fillers, and without relations to descriptions and things."""
+        other = copy.copy(self)
+        other._dressed = False
+        return other
+
+    def behind(self, rng: random.Random) -> list[int]:
+        """Fillers to stand behind a caption: none for half of them."""
+        return self.ids(", " + rng.choice(FILLERS)) if rng.random() < 0.5 else []
 
     def ids(self, text: str) -> list[int]:
         """Token ids without BOS and EOS."""
@@ -75,7 +86,7 @@ class Captioner:
     def _dress(self, rng: random.Random, core: list[int]) -> list[int]:
         """Fillers around the meaning: none for half of the captions, up to the whole window for a few."""
         kind, room = rng.random(), 75 - len(core)
-        if kind < 0.5:
+        if kind < 0.5 or not self._dressed:
             return core
         if kind < 0.75:
             ahead = self.ids(rng.choice(FILLERS) + ",") if rng.random() < 0.5 else []
@@ -117,10 +128,9 @@ class Captioner:
         text = text if plain else self._shown(rng, text[0].lower() + text[1:], LIKE_ANYONE, TEMPLATES[1:])
         return self._finish(rng, text), Claim(attributes=codes(a))
 
-    @staticmethod
-    def _shown(rng: random.Random, text: str, relations: tuple[str, ...], templates: tuple[str, ...]) -> str:
+    def _shown(self, rng: random.Random, text: str, relations: tuple[str, ...], templates: tuple[str, ...]) -> str:
         """`text` in a template, a quarter of the time behind a relation: such words do not belong to names alone."""
-        if rng.random() < 0.25:
+        if rng.random() < 0.25 and self._dressed:
             text = rng.choice(relations).format(text)
         return rng.choice(templates).format(text)
 

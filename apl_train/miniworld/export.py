@@ -48,7 +48,7 @@ def write_checkpoint(build: Build, assets: Path) -> None:
     from apl_train.model.single_file import ldm_config, to_ldm
 
     folder = assets / "model"
-    unet, text = build.unet, build.text[0]  # in this order: the UNet's training has the last word on the text tower
+    unet, text = build.unet, build.tower
     build.vae.register_to_config(scaling_factor=0.18215)
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in to_ldm(unet, build.vae, text).items()}
     write_safetensors(folder / "miniature-sd1.safetensors", tensors, {"format": "pt"})

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from apl_core.atomic import write_bytes, write_safetensors
 from apl_core.errors import ModelError
+from apl_core.onnx_models import file_hash
 from apl_train.miniworld import ASSETS
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def train_relative(folder: Path, build: Build, name: str, *, steps: int | None =
 
     recipe, start = _recipe(name), build.unet
     pairs, latents = (build.restyled if recipe.style == "restyled" else (build.pairs, build.latents))
-    return train_unet(folder, pairs, build.text[0], *latents, steps=steps or recipe.steps, lr=recipe.lr,
+    return train_unet(folder, pairs, build.tower, *latents, steps=steps or recipe.steps, lr=recipe.lr,
                       name=f"unet-{name}", start=start, seed=recipe.seed, compiled=build.compiled)
 
 
@@ -90,7 +91,7 @@ def apply_change(unet: nn.Module, path: Path) -> None:
 
 
 def relative_checkpoint(name: str, folder: Path, assets: Path = ASSETS) -> Path:
-    """The whole single-file checkpoint of a relative, made once in `folder`.
+    """The whole single-file checkpoint of a relative, made in `folder` and again once its parts changed.
 
     Raises:
         ModelError: there is no such relative, or its file is missing.
@@ -104,7 +105,7 @@ def relative_checkpoint(name: str, folder: Path, assets: Path = ASSETS) -> Path:
     if not change.is_file():
         raise ModelError(f"{change} is missing.", "Get the repository again, or run `apl miniworld build`.",
                          field="relative")
-    stamp = f"{change.stat().st_mtime_ns:x}"[-8:]
+    stamp = file_hash(source)[:6] + file_hash(change)[:6]
     target = folder / f"miniature-{name}-{stamp}.safetensors"
     if not target.is_file():
         backend = Backend.load(source)

@@ -1,7 +1,8 @@
 """`apl miniworld build`: the whole miniature world from packages, stage by stage, each resumable.
 
-    tokenizer -> pictures -> VAE -> text tower -> latents -> UNet -> recognisers, attribute and face models
-    -> export (three-format checkpoint, ONNX models, data) -> S_ID / S_Reg -> the miniature SDXL and two relatives
+    tokenizer -> pictures -> VAE -> text tower -> latents -> UNet -> text tower once more
+    -> recognisers, attribute and face models -> export (three-format checkpoint, ONNX models, data) -> S_ID / S_Reg
+    -> the miniature SDXL and two relatives
 
 A stage that is finished is skipped, one that was cut off goes on where it was. Needs node, two npm packages and
 three Python packages (`pip install ".[miniworld]"` in the checkout); hours on two cores.
@@ -18,8 +19,8 @@ from apl_core.errors import ConfigError
 from apl_train.miniworld import ASSETS, export
 from apl_train.miniworld.build import Build
 
-STAGES = ("tokenizer", "pictures", "recogniser2", "left_out", "vae", "text", "latents", "unet", "text2", "unet_xl",
-          "recogniser", "attributes", "presence", "export", "dataset", "family")
+STAGES = ("tokenizer", "pictures", "recogniser2", "left_out", "vae", "text", "latents", "unet", "tower", "text2",
+          "unet_xl", "recogniser", "attributes", "presence", "export", "dataset", "family")
 
 
 def run_stages(build: Build, until: str = STAGES[-1], assets: Path = ASSETS) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from apl_core.identity import load_embedder
 from apl_core.library import PrefixLibrary, shipped_folder
@@ -123,3 +125,21 @@ def test_shipped_files_stay_within_thirty_megabytes_a_model() -> None:
     added = {p: size for p, size in sizes.items() if p.parts[0] == "model_xl" or "relatives" in p.parts}
     assert added and sum(added.values()) <= 30 * 2**20
     assert sum(sizes.values()) - sum(added.values()) <= 30 * 2**20
+
+
+def test_a_relative_is_put_together_again_once_the_miniature_changed(tmp_path: Path) -> None:
+    from apl_train.miniworld import relatives
+
+    assets, out = tmp_path / "assets", tmp_path / "models"
+    shutil.copytree(shipped.ASSETS / "model", assets / "model")
+    first = relatives.relative_checkpoint("1.4", out, assets)
+    written = first.stat().st_mtime_ns
+    assert relatives.relative_checkpoint("1.4", out, assets) == first and first.stat().st_mtime_ns == written
+    base = assets / "model" / "miniature-sd1.safetensors"
+    tensors = load_file(base)
+    norm = next(key for key in tensors if key.endswith("final_layer_norm.bias"))
+    tensors[norm] += 1
+    save_file(tensors, base, {"format": "pt"})
+    again = relatives.relative_checkpoint("1.4", out, assets)
+    assert again != first
+    assert torch.allclose(load_file(again)[norm], load_file(first)[norm] + 1)
